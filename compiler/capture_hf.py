@@ -1,0 +1,270 @@
+"""Capture of transformers models: a folder or hub id (structure on the meta device, weights lazy), or a live model.
+
+The model's attention is swapped, for the duration of the export, for one call of `llmopt.attention` through
+transformers' AttentionInterface and AttentionMaskInterface. The mask function each layer was given is evaluated on
+indices, so the window comes from what the mask really does, and a mask that is not causal is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel, masking_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llmopt.compiler import ops
+from llmopt.compiler._torch import concrete_values
+from llmopt.compiler.capture import capture
+from llmopt.compiler.errors import CaptureError, InputError
+from llmopt.compiler.program import ModelFacts, Program, Weight, safetensors_weight, tensor_weight
+
+INTERFACE = "llmopt"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class CausalMask:
+    """What stands in for a mask tensor during capture: causal, cut by `window` if it is not 0."""
+
+    window: int
+
+
+def _mask(*args: Any, mask_function: Any, config: Any = None, **kwargs: Any) -> CausalMask:
+    """transformers' mask factory: find out what `mask_function(batch, head, q, kv)` allows."""
+    length = int(getattr(config, "max_position_embeddings", 0) or 4096)
+    with concrete_values():
+        keys = torch.arange(length)
+        zero = torch.zeros((), dtype=torch.int64)
+        rows = {q: mask_function(zero, zero, torch.tensor(q), keys) for q in {0, 1, length // 2, length - 1}}
+        last = rows[length - 1].expand(length)
+        first = int(last.int().argmax())
+        window = length - first if first > 0 else 0
+        for q, row in rows.items():
+            low = max(0, q - window + 1) if window else 0
+            if not torch.equal(row.expand(length), (keys <= q) & (keys >= low)):
+                raise CaptureError(
+                    f"attention mask of {type(config).__name__}: the row of query {q} is neither causal nor a causal "
+                    "sliding window; wanted one of the two; llmopt compiles causal language models only"
+                )
+    return CausalMask(window)
+
+
+_IGNORED = {
+    "dropout", "position_ids", "cache_position", "output_attentions", "use_cache", "past_key_values",
+    "is_causal", "sliding_window", "softcap", "s_aux", "scaling", "num_items_in_batch", "position_embeddings",
+}  # fmt: skip
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention function: q [B, Hq, T, D], k/v [B, Hkv, T, D] -> ([B, T, Hq, D], None)."""
+    unknown = {k for k, v in kwargs.items() if k not in _IGNORED and v is not None}
+    if unknown or not (kwargs.get("is_causal") or getattr(module, "is_causal", True)):
+        raise CaptureError(
+            f"{type(module).__name__} calls its attention with {sorted(unknown) or 'is_causal=False'}, which llmopt.attention "
+            "does not model; wanted causal attention with scale, window, softcap and sinks only"
+        )
+    window = kwargs.get("sliding_window") or 0
+    if isinstance(attention_mask, CausalMask):
+        window = attention_mask.window
+    scale = kwargs.get("scaling")
+    out = ops.attention(
+        query,
+        key,
+        value,
+        kwargs.get("s_aux"),
+        float(scale if scale is not None else query.shape[-1] ** -0.5),
+        int(window),
+        float(kwargs.get("softcap") or 0.0),
+    )
+    return out.transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(INTERFACE, _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(INTERFACE, _mask)
+
+
+@contextlib.contextmanager
+def _swapped(model: PreTrainedModel) -> Iterator[None]:
+    """The model calls llmopt's attention, and packed sequences are not looked for, until the block ends."""
+    before = {id(m.config): (m.config, m.config._attn_implementation) for m in model.modules() if hasattr(m, "config")}
+    find_packed = masking_utils.find_packed_sequence_indices
+    try:
+        for config, _ in before.values():
+            config._attn_implementation = INTERFACE
+        masking_utils.find_packed_sequence_indices = lambda *args, **kwargs: None
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find_packed
+        for config, name in before.values():
+            config._attn_implementation = name
+
+
+class _Forward(nn.Module):
+    """(input_ids, position_ids) -> logits, without a cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+
+
+def facts_of(config: PretrainedConfig, dtype: torch.dtype, tokenizer: str | None = None) -> ModelFacts:
+    """Context length, vocabulary and stop tokens from a transformers config."""
+    text = config.get_text_config(decoder=True)
+    eos = text.eos_token_id if text.eos_token_id is not None else config.eos_token_id
+    eos_ids = tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,)
+    context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2048
+    return ModelFacts(type(config).__name__.removesuffix("Config"), text.vocab_size, int(context), eos_ids, dtype, tokenizer)
+
+
+def capture_model(model: PreTrainedModel) -> Program:
+    """A Program of a live transformers causal LM; its weights are the model's own tensors."""
+    if not model.can_generate():
+        raise CaptureError(
+            f"{type(model).__name__} is not a causal language model (it cannot generate); wanted an AutoModelForCausalLM "
+            "class; load the checkpoint with AutoModelForCausalLM"
+        )
+    facts = facts_of(model.config, model.dtype, model.config.name_or_path or None)
+    with _swapped(model):
+        return _strip(capture(_Forward(model), facts))
+
+
+def _strip(program: Program) -> Program:
+    """Weight names as the model has them, without the wrapper's `model.`."""
+    graph = program.graph("forward")
+    for node in graph.fx.nodes:
+        if node.op == "get_attr":
+            node.target = str(node.target).removeprefix("model.")
+    program.weights = {k.removeprefix("model."): w for k, w in program.weights.items()}
+    return program
+
+
+def capture_hf(source: str, dtype: torch.dtype | None = None) -> Program:
+    """A Program of a transformers checkpoint folder or hub id; weights are read from safetensors when asked for.
+
+    `dtype` None keeps the checkpoint's. Raises InputError (no such folder, not a causal LM) or CaptureError.
+    """
+    config = _config(source)
+    model = _empty_model(config, source)
+    wanted = dtype or _checkpoint_dtype(config)
+    eos = _generation_eos(source)
+    facts = facts_of(config, wanted, source)
+    facts = facts if eos is None else ModelFacts(**{**facts.__dict__, "eos_token_ids": eos})
+    files = _checkpoint_files(Path(source)) if Path(source).is_dir() else {}
+    model.to(wanted)
+    missing = {n for n, p in model.named_parameters() if n not in files}
+    if missing:  # names differ from the checkpoint's, or it lies in the hub's cache: transformers' own conversion
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
+        program = capture_model(loaded)
+        program.facts = facts
+        return program
+
+    def weight(name: str, tensor: Tensor) -> Weight:
+        key = name.removeprefix("model.")
+        if key in files:
+            return safetensors_weight(files[key], key, wanted)
+        return tensor_weight(tensor, "computed from the config")
+
+    with _swapped(model):
+        return _strip(capture(_Forward(model), facts, weight))
+
+
+def capture_config(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> Program:
+    """A Program of the structure alone: no weight exists, reading one is an error (compile-time studies)."""
+    model = _empty_model(config, type(config).__name__).to(dtype)
+
+    def weight(name: str, tensor: Tensor) -> Weight:
+        return tensor_weight(tensor, "meta" if tensor.is_meta else "computed from the config")
+
+    with _swapped(model):
+        return _strip(capture(_Forward(model), facts_of(config, dtype), weight))
+
+
+def _config(source: str) -> PretrainedConfig:
+    path = Path(source)
+    looks_local = source.startswith((".", "/", "~")) or path.exists()
+    if looks_local and not (path / "config.json").is_file():
+        seen = "no such folder" if not path.exists() else "a folder without config.json" if path.is_dir() else "a file"
+        raise InputError(
+            f"model {source!r}: {seen}; wanted a transformers checkpoint folder (config.json, *.safetensors) or a hub id"
+        )
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"model {source!r}: its config cannot be read ({str(error).splitlines()[0]}); wanted a checkpoint folder "
+            "with a valid config.json or a reachable hub id; check the path, or the network for a hub id"
+        ) from error
+
+
+def _empty_model(config: PretrainedConfig, source: str) -> PreTrainedModel:
+    """The model on the meta device, its computed buffers (rotary frequencies, embedding scales) real."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except ValueError as error:
+        raise InputError(
+            f"model {source!r}: {config.model_type!r} is not a causal language model for transformers "
+            f"(architectures {config.architectures}); wanted a checkpoint that AutoModelForCausalLM loads"
+        ) from error
+    for module in model.modules():
+        computed = [n for n in module._non_persistent_buffers_set if module._buffers[n] is not None]
+        for name in computed:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        if computed:
+            model._init_weights(module)
+    model.tie_weights()
+    return model.eval()
+
+
+def _checkpoint_dtype(config: PretrainedConfig) -> torch.dtype:
+    stored = getattr(config, "dtype", None) or torch.float32
+    stored = DTYPES.get(stored, stored) if isinstance(stored, str) else stored
+    if stored not in DTYPES.values():
+        raise InputError(
+            f"model dtype {stored}: not supported; wanted one of {', '.join(DTYPES)}; pass dtype=... to convert while loading"
+        )
+    return stored
+
+
+def _generation_eos(source: str) -> tuple[int, ...] | None:
+    """The stop tokens of generation_config.json, which win over config.json's as in transformers."""
+    try:
+        eos = GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:
+        return None
+    return None if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def _checkpoint_files(folder: Path) -> dict[str, Path]:
+    """tensor name -> the safetensors file of the folder that holds it; a missing shard is an error."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.is_file():
+        names = json.loads(index.read_text())["weight_map"]
+    elif single.is_file():
+        from safetensors import safe_open
+
+        with safe_open(single, framework="pt") as file:
+            names = dict.fromkeys(file.keys(), single.name)
+    else:
+        raise InputError(
+            f"model {str(folder)!r}: no model.safetensors and no model.safetensors.index.json; wanted safetensors "
+            "weights; convert the checkpoint with transformers' save_pretrained"
+        )
+    lost = sorted({f for f in names.values() if not (folder / f).is_file()})
+    if lost:
+        raise InputError(f"model {str(folder)!r}: the index names {lost[0]}, which is not there; download the shard again")
+    return {name: folder / file for name, file in names.items()}

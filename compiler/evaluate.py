@@ -1,0 +1,68 @@
+"""Run a graph on real tensors, node by node: the oracle for masks, numerics checks and bisection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from llmopt.compiler.graph import Graph
+from llmopt.compiler.program import Weight
+
+
+def evaluate(
+    graph: Graph,
+    inputs: Mapping[str, Tensor],
+    weights: Mapping[str, Weight],
+    wanted: Iterable[fx.Node] | None = None,
+    cache: dict[str, Tensor] | None = None,
+) -> tuple[Any, ...]:
+    """The values of `wanted` nodes (the graph's outputs by default), computing only what they need.
+
+    `inputs` are by placeholder name; `cache` keeps read weights between calls. Values are dropped after their last use.
+    """
+    roots = list(wanted) if wanted is not None else [n for n in graph.outputs() if isinstance(n, fx.Node)]
+    needed = _ancestors(roots)
+    order = [n for n in graph.fx.nodes if n in needed]
+    last_use = {source: node for node in order for source in node.all_input_nodes}
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in order:
+            values[node] = _run(node, inputs, weights, values, cache)
+            for source in node.all_input_nodes:
+                if last_use[source] is node and source not in roots:
+                    values.pop(source, None)
+    return tuple(values[n] for n in roots)
+
+
+def _ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def _run(
+    node: fx.Node,
+    inputs: Mapping[str, Tensor],
+    weights: Mapping[str, Weight],
+    values: Mapping[fx.Node, Any],
+    cache: dict[str, Tensor] | None,
+) -> Any:
+    if node.op == "placeholder":
+        return inputs[node.name]
+    if node.op == "get_attr":
+        name = str(node.target)
+        if cache is None:
+            return weights[name].load()
+        if name not in cache:
+            cache[name] = weights[name].load()
+        return cache[name]
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+    return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,9 @@
+"""The IR ops. Importing this package declares all of them."""
+
+from llmopt.compiler.ops.activation import gated, softcap
+from llmopt.compiler.ops.attention import attend, attention, kv_write
+from llmopt.compiler.ops.linear import linear
+from llmopt.compiler.ops.norm import rms_norm
+from llmopt.compiler.ops.rope import rope
+
+__all__ = ["attend", "attention", "gated", "kv_write", "linear", "rms_norm", "rope", "softcap"]

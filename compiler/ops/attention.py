@@ -1,0 +1,174 @@
+"""Causal attention, whole (`attention`) and over a paged KV cache (`kv_write`, `attend`).
+
+All three share one meaning of scale, window, softcap and sinks:
+score = scale * q.k, then softcap * tanh(score / softcap) if softcap > 0; a query at position p sees the keys at
+max(0, p - window + 1)..p (window 0: from 0); a sink is one more logit per head that joins the softmax's denominator
+only (GPT-OSS). Query head h reads key/value head h // (Hq // Hkv).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmopt.compiler.op import Cost, nbytes, op
+
+
+def _scores_to_output(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, sinks: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """q [B, Hq, T, D], k/v [B, Hkv, S, D], allowed bool [T, S] -> [B, Hq, T, Dv]; softmax in fp32 or wider."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+    if softcap > 0:
+        scores = torch.tanh(scores / softcap) * softcap
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = scores.to(wide).masked_fill(~allowed, float("-inf"))
+    if sinks is None:
+        return torch.matmul(torch.softmax(scores, dim=-1).to(v.dtype), v)
+    column = sinks.to(wide).reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+    probs = torch.softmax(torch.cat((scores, column), dim=-1), dim=-1)[..., :-1]
+    return torch.matmul(probs.to(v.dtype), v)
+
+
+def _visible(q_pos: Tensor, k_pos: Tensor, window: int) -> Tensor:
+    """bool [T, S]: may the query at q_pos [T] see the key at k_pos [S]?"""
+    distance = q_pos[:, None] - k_pos[None, :]
+    return (distance >= 0) & (distance < window) if window > 0 else distance >= 0
+
+
+@op
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float
+) -> Tensor:
+    """Causal self-attention over whole sequences: q [B, Hq, T, D], k/v [B, Hkv, T, D] -> [B, Hq, T, Dv]."""
+    at = torch.arange(q.shape[2], device=q.device)
+    return _scores_to_output(q, k, v, _visible(at, at, window), sinks, scale, softcap)
+
+
+@attention.fake
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float
+) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+@attention.cost
+def _attention_cost(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float
+) -> Cost:
+    seen = k.shape[2] if window <= 0 else min(window, k.shape[2])
+    return Cost(4 * q.numel() * seen, 2 * nbytes(q) + nbytes(k, v))
+
+
+@attention.samples
+def _attention_samples() -> Iterable[tuple[Any, ...]]:
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    yield q, k, v, None, 0.35, 0, 0.0
+    yield q, k, v, None, 0.35, 3, 20.0
+    yield q, k, v, torch.randn(4), 0.35, 2, 0.0
+
+
+@op
+def kv_write(pages: Tensor, x: Tensor, slots: Tensor) -> Tensor:
+    """The pages after writing x: pages [P, H, page, D], x [1, H, N, D], slots int64 [N] = page * page_size + offset."""
+    size = pages.shape[2]
+    out = pages.clone()
+    out[slots // size, :, slots % size] = x[0].transpose(0, 1).to(pages.dtype)
+    return out
+
+
+kv_write.traceable = False  # a copy of the pages is never wanted; a provider writes in place
+
+
+@kv_write.in_place
+def _kv_write_in_place(pages: Tensor, x: Tensor, slots: Tensor) -> Tensor:
+    size = pages.shape[2]
+    pages[slots // size, :, slots % size] = x[0].transpose(0, 1).to(pages.dtype)
+    return pages
+
+
+@kv_write.fake
+def _kv_write_fake(pages: Tensor, x: Tensor, slots: Tensor) -> Tensor:
+    return torch.empty_like(pages)
+
+
+@kv_write.cost
+def _kv_write_cost(pages: Tensor, x: Tensor, slots: Tensor) -> Cost:
+    return Cost(0, 2 * nbytes(x) + nbytes(slots))
+
+
+@kv_write.samples
+def _kv_write_samples() -> Iterable[tuple[Any, ...]]:
+    yield torch.randn(5, 2, 4, 8), torch.randn(1, 2, 3, 8), torch.tensor([5, 6, 17])
+
+
+@op
+def attend(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    seq_ids: Tensor,
+    positions: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Causal attention of N tokens over their own sequences' pages (Kwon et al., 2023: PagedAttention).
+
+    q [1, Hq, N, D]; k_pages, v_pages [P, Hkv, page, D]; block_tables int64 [S, M]; seq_ids int64 [N] = row of
+    block_tables; positions int64 [1, N]. Token n sees positions 0..positions[0, n] of its sequence, cut by window.
+    """
+    out = q.new_empty((*q.shape[:-1], v_pages.shape[-1]))
+    size = k_pages.shape[2]
+    for row in seq_ids.unique().tolist():
+        tokens = (seq_ids == row).nonzero().squeeze(1)
+        at = positions[0, tokens]
+        length = int(at.max()) + 1
+        pages = block_tables[row, : -(-length // size)]
+        k, v = (p[pages].transpose(0, 1).flatten(1, 2)[None, :, :length].to(q.dtype) for p in (k_pages, v_pages))
+        allowed = _visible(at, torch.arange(length, device=q.device), window)
+        out[:, :, tokens] = _scores_to_output(q[:, :, tokens], k, v, allowed, sinks, scale, softcap)
+    return out
+
+
+attend.traceable = False
+
+
+@attend.fake
+def _attend_fake(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    seq_ids: Tensor,
+    positions: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v_pages.shape[-1]))
+
+
+@attend.cost
+def _attend_cost(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, *rest: Any) -> Cost:
+    # the upper bound: every page of every listed sequence is read once
+    keys = block_tables.numel() * k_pages.shape[2]
+    per_key = (k_pages.shape[-1] + v_pages.shape[-1]) * k_pages.shape[1] * k_pages.element_size()
+    return Cost(4 * q.numel() * block_tables.shape[1] * k_pages.shape[2], keys * per_key + 2 * nbytes(q))
+
+
+@attend.samples
+def _attend_samples() -> Iterable[tuple[Any, ...]]:
+    tables = torch.tensor([[1, 2], [4, 3]])
+    seqs, at = torch.tensor([0, 0, 1]), torch.tensor([[2, 3, 6]])
+    q, k, v = torch.randn(1, 4, 3, 8), torch.randn(5, 2, 4, 8), torch.randn(5, 2, 4, 8)
+    yield q, k, v, tables, seqs, at, None, 0.35, 0, 0.0
+    yield q, k, v, tables, seqs, at, torch.randn(4), 0.35, 3, 15.0

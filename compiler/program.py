@@ -1,0 +1,151 @@
+"""Program: named graphs, the weights and state they use, and the facts of the model they came from.
+
+Weights are lazy: a `Weight` knows its shape and dtype and how to read itself, and a `Fold` makes a new weight from
+others when it is read, so a model is never held twice. Structure work needs no weight data at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from llmopt.compiler.errors import InputError
+from llmopt.compiler.graph import Graph
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that is read when asked for. `load()` returns it on the CPU with this shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+    note: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Fold:
+    """An edit of weights: `name` = `fn(*inputs)`, computed when `name` is read.
+
+    `shape` and `dtype` are those of the result; `label` is what reports print ("concat", "transpose").
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    fn: Callable[..., Tensor]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    label: str
+
+
+def tensor_weight(tensor: Tensor, note: str = "in memory") -> Weight:
+    """A weight that is already in memory (the tensor itself, not a copy)."""
+    return Weight(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach(), note)
+
+
+def safetensors_weight(path: Path, key: str, dtype: torch.dtype | None = None) -> Weight:
+    """The tensor `key` of a safetensors file, read on demand and cast to `dtype` if given."""
+    with safe_open(path, framework="pt") as file:
+        part = file.get_slice(key)
+        shape, stored = tuple(part.get_shape()), _STORED[part.get_dtype()]
+
+    def load() -> Tensor:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(key).to(wanted)
+
+    wanted = dtype if dtype is not None and stored.is_floating_point else stored
+    return Weight(shape, wanted, load, f"{path.name}:{key}")
+
+
+_STORED = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One paged state tensor: [num_pages, *shape], shape = (Hkv, page_size, D)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes one page of this tensor takes."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the runtime must know of the model besides its graph."""
+
+    name: str
+    vocab_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    tokenizer: str | None = None  # folder or hub id with tokenizer files
+
+
+@dataclass
+class Program:
+    """Everything a compiled model is made of, before and after each pass."""
+
+    graphs: dict[str, Graph]
+    weights: dict[str, Weight]
+    facts: ModelFacts
+    state: tuple[StateSpec, ...] = ()
+    properties: frozenset[str] = frozenset()
+    choices: dict[str, Any] = field(default_factory=dict)
+
+    def graph(self, name: str) -> Graph:
+        """The graph of this name; an error that lists the names there are."""
+        if name not in self.graphs:
+            raise InputError(f"program has no graph {name!r}; it has {', '.join(sorted(self.graphs))}")
+        return self.graphs[name]
+
+    def fold(self, edit: Fold) -> None:
+        """Add the weight that `edit` describes (its inputs must exist)."""
+        sources = [self.weights[n] for n in edit.inputs]
+        fn = edit.fn
+        note = f"{edit.label}({', '.join(edit.inputs)})"
+        self.weights[edit.name] = Weight(
+            edit.shape, edit.dtype, lambda: fn(*(s.load() for s in sources)), note
+        )
+
+    def used_weights(self) -> Mapping[str, Weight]:
+        """The weights some graph still reads, in first-use order."""
+        used: dict[str, Weight] = {}
+        for graph in self.graphs.values():
+            for name in graph.weights():
+                used[name] = self.weights[name]
+        return used
+
+    def copy(self) -> Program:
+        """A copy whose graphs can be edited without touching this one (weights stay shared)."""
+        return replace(
+            self,
+            graphs={k: g.copy() for k, g in self.graphs.items()},
+            weights=dict(self.weights),
+            choices=dict(self.choices),
+        )

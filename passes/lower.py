@@ -1,0 +1,108 @@
+"""lower: choose who implements each op, write state in place, and cut the step into regions. Exact.
+
+    x_1 = linear(x, w["..."])                              # provider cpp
+    k_0 = kv_write(k_pages_0, k, slots)             =>     # in place: nothing else reads k_pages_0 afterwards
+    return logits, k_0, v_0, ...                           return logits
+
+Providers are tried in the recipe's order: `needs` against the target's facts, `supports` against the node's fake
+arguments. An op without a provider is an error; the choice and the reasons against the others are in the report.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, fx
+
+from llmopt.compiler import knobs
+from llmopt.compiler.errors import ProviderError, VerifyError
+from llmopt.compiler.graph import Graph, origin, target_name, where
+from llmopt.compiler.op import op_of
+from llmopt.compiler.pipeline import Context, Pass, PassStats
+from llmopt.compiler.program import Program
+from llmopt.passes.outline import outline
+
+STATE_OPS = ("kv_write",)
+
+
+@dataclass(frozen=True)
+class Lower(Pass):
+    """Providers, in-place state, regions; see the module's docstring."""
+
+    name: ClassVar[str] = "lower"
+    requires: ClassVar[frozenset[str]] = frozenset({"cached"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"lowered"})
+
+    def run(self, program: Program, context: Context) -> PassStats:
+        """Lower `step`; `forward` stays as it is, for reference."""
+        stats = PassStats()
+        allowed = knobs.provider() or context.recipe.providers
+        step = program.graph("step")
+        reasons: Counter[str] = Counter()
+        for node in step.calls():
+            if op_of(node.target) is not None:
+                node.meta["provider"] = choose(node, allowed, context, reasons)
+                stats.record(node.meta["provider"], node.name, origin(node).source)
+        write_in_place(step, program)
+        program.choices = {"providers": chosen(step), "against": dict(reasons), "allowed": tuple(allowed)}
+        if "inductor" in allowed and "cpp" in context.target.facts:
+            regions = outline(step, {spec.name for spec in program.state})
+            program.graphs.update(regions)
+            calls = Counter(str(n.target) for n in step.fx.nodes if n.op == "call_module")
+            stats.notes.append("regions: " + ", ".join(f"{name} x{count}" for name, count in calls.items()))
+        return stats
+
+
+def choose(node: fx.Node, allowed: tuple[str, ...], context: Context, reasons: Counter[str]) -> str:
+    """The first allowed provider that fits. Raises ProviderError with the reasons when none does."""
+    op = op_of(node.target)
+    assert op is not None
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    tried = []
+    for name in allowed:
+        if name == "inductor" and "cpp" in context.target.facts and op.traceable:
+            return name
+        provider = op.providers.get(name)
+        if provider is None:
+            continue
+        missing = provider.needs - context.target.facts
+        why = f"target lacks {', '.join(sorted(missing))}" if missing else provider.supports(*args, **kwargs)
+        if why is None:
+            return name
+        tried.append(f"{name}: {why}")
+        reasons[f"{op.name} not by {name}: {why}"] += 1
+    raise ProviderError(
+        f"{where(node)}: no provider of {op.name} among {', '.join(allowed)} fits target {context.target.name} "
+        f"({'; '.join(tried) or 'none is registered'}); add 'reference' to the recipe's providers"
+    )
+
+
+def chosen(step: Graph) -> dict[str, int]:
+    """`{"linear=cpp": 9, "rms_norm=inductor": 5}`."""
+    return dict(Counter(f"{target_name(n)}={n.meta['provider']}" for n in step.calls() if "provider" in n.meta))
+
+
+def write_in_place(step: Graph, program: Program) -> None:
+    """State results leave the outputs; each write may then reuse its operand, since nothing else reads it."""
+    names = {spec.name for spec in program.state}
+    logits, *written = step.outputs()
+    for node, spec in zip(written, program.state, strict=True):
+        if target_name(node) not in STATE_OPS or node.args[0].name != spec.name:
+            raise VerifyError(
+                f"{where(node)}: state {spec.name} is returned by {target_name(node)}; wanted a kv_write of that state; "
+                "a pass that changes how state is written must keep the order of the step's results"
+            )
+    for placeholder in step.inputs():
+        readers = list(placeholder.users)
+        if placeholder.name in names and len(readers) != 1:
+            raise VerifyError(
+                f"state {placeholder.name} is read by {[where(r) for r in readers]}; wanted only its kv_write, so that the "
+                "write can be done in place; read the written pages instead"
+            )
+    for node in written:
+        node.meta["in_place"] = True
+    step.fx.output_node().args = ((logits,),)
+    value = logits.meta["val"]
+    assert isinstance(value, Tensor)

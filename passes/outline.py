@@ -1,0 +1,226 @@
+"""Outlining: cut a step into regions, one graph for each distinct one, so that equal layers are lowered once.
+
+Cuts are made where a single value of the hidden state is alive (the residual stream between blocks). Equal pieces are
+found by their structure, not by module names, and pieces that always follow each other (attention block, MLP block)
+are joined, so a decoder becomes `positions, embed, layer, layer, ..., layer, index_select, head`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from llmopt.compiler.graph import Graph, target_name, type_of
+
+
+@dataclass
+class Region:
+    """A run of nodes with what it reads from outside (in first-use order) and what others read of it."""
+
+    nodes: list[fx.Node]
+    inputs: list[fx.Node] = field(default_factory=list)
+    outputs: list[fx.Node] = field(default_factory=list)
+
+    def close(self) -> Region:
+        """Work out inputs and outputs."""
+        inside = set(self.nodes)
+        self.inputs = list(dict.fromkeys(s for n in self.nodes for s in n.all_input_nodes if s not in inside))
+        self.outputs = [n for n in self.nodes if any(u not in inside for u in n.users)]
+        return self
+
+    @cached_property
+    def signature(self) -> Hashable:
+        """Equal for regions that compute the same function of inputs of the same types."""
+        number = {n: i for i, n in enumerate([*self.inputs, *self.nodes])}
+
+        def key(arg: Any) -> Hashable:
+            if isinstance(arg, fx.Node):
+                return ("node", number[arg])
+            if isinstance(arg, (list, tuple)):
+                return tuple(key(a) for a in arg)
+            return (type(arg).__name__, arg)
+
+        def kwargs(node: fx.Node) -> Hashable:
+            return tuple((k, key(v)) for k, v in sorted(node.kwargs.items()))
+
+        return (
+            tuple(_kind(n) for n in self.inputs),
+            tuple((n.target, key(n.args), kwargs(n), n.meta.get("provider"), _type(n)) for n in self.nodes),
+            tuple(number[n] for n in self.outputs),
+        )
+
+
+def _type(node: fx.Node) -> str:
+    return type_of(node.meta.get("val"))
+
+
+def _kind(node: fx.Node) -> Hashable:
+    value = node.meta.get("val")
+    strides = tuple(str(s) for s in value.stride()) if isinstance(value, Tensor) else ()
+    return (node.op == "get_attr", _type(node), strides)
+
+
+def outline(graph: Graph, state: Collection[str]) -> dict[str, Graph]:
+    """Replace the graph's nodes by calls of regions, in place; returns the region graphs by name.
+
+    `state` names the inputs that hold the paged cache.
+    """
+    fixed, pieces = _cut(graph, state)
+    regions = _join(pieces)
+    counts = Counter(r.signature for r in regions)
+    names: dict[Hashable, str] = {}
+    found: dict[str, Graph] = {}
+    for at, region in enumerate(regions):
+        if not _is_barrier(region.nodes[0]) and region.signature not in names:
+            label = _label(counts[region.signature], at, len(regions))
+            names[region.signature] = name = _unused(label, found)
+            found[name] = _graph_of(region, name, graph)
+    if fixed.nodes:
+        regions = [fixed, *regions]
+        names[fixed.signature] = "positions"
+        found["positions"] = _graph_of(fixed, "positions", graph)
+    graph.fx = _calls(graph, regions, names)
+    return found
+
+
+def _label(count: int, at: int, total: int) -> str:
+    if count > 1:
+        return "layer"
+    return "embed" if at == 0 else "head" if at == total - 1 else "part"
+
+
+def _unused(label: str, taken: dict[str, Graph]) -> str:
+    if label not in taken:
+        return label
+    return next(f"{label}_{i}" for i in range(1, len(taken) + 2) if f"{label}_{i}" not in taken)
+
+
+def _is_barrier(node: fx.Node) -> bool:
+    """Row selection stands alone: behind it another number of rows counts."""
+    rows = node.args[2] if target_name(node) == "aten.index_select" else None
+    return isinstance(rows, fx.Node) and rows.op == "placeholder"
+
+
+def _cut(graph: Graph, state: Collection[str]) -> tuple[Region, list[Region]]:
+    """(everything that depends on positions alone, the hidden state's pieces between cuts)."""
+    hidden: dict[fx.Node, None] = {}
+    fixed: list[fx.Node] = []
+    for node in graph.fx.nodes:
+        if node.op == "placeholder":
+            if node.name == "input_ids" or node.name in state:
+                hidden[node] = None
+        elif node.op == "call_function" and not isinstance(node.meta.get("val"), (int, torch.SymInt)):
+            if any(s in hidden for s in node.all_input_nodes):
+                hidden[node] = None
+            else:
+                fixed.append(node)
+    order = [n for n in hidden if n.op == "call_function"]
+    return Region(fixed).close(), [Region(p).close() for p in _pieces(order)]
+
+
+def _pieces(order: list[fx.Node]) -> list[list[fx.Node]]:
+    index = {n: i for i, n in enumerate(order)}
+    last = {n: max((index.get(u, len(order)) for u in n.users), default=i) for n, i in index.items()}
+    pieces: list[list[fx.Node]] = [[]]
+    alive: set[fx.Node] = set()
+    for i, node in enumerate(order):
+        if _is_barrier(node) and pieces[-1]:
+            pieces.append([])
+        pieces[-1].append(node)
+        alive = {n for n in (*alive, node) if last[n] > i}
+        if len(alive) <= 1 and i + 1 < len(order):
+            pieces.append([])
+    return _without_slivers([p for p in pieces if p])
+
+
+def _without_slivers(pieces: list[list[fx.Node]]) -> list[list[fx.Node]]:
+    """A piece without a product or an attention (a lone norm or view) joins the piece behind it."""
+    merged: list[list[fx.Node]] = []
+    pending: list[fx.Node] = []
+    for piece in pieces:
+        if _is_barrier(piece[0]):
+            merged += [pending] if pending else []
+            merged.append(piece)
+            pending = []
+        elif any(target_name(n) in ("linear", "attend", "aten.embedding") for n in piece):
+            merged.append([*pending, *piece])
+            pending = []
+        else:
+            pending += piece
+    if pending and merged and not _is_barrier(merged[-1][0]):
+        merged[-1] += pending
+    elif pending:
+        merged.append(pending)
+    return merged
+
+
+def _join(pieces: Sequence[Region]) -> list[Region]:
+    """Join neighbours that always stand together, and neighbours that occur once, until nothing changes."""
+    regions = list(pieces)
+    while True:
+        names = [r.signature for r in regions]
+        pair = _best_pair(regions, names)
+        if pair is None:
+            return regions
+        joined: list[Region] = []
+        i = 0
+        while i < len(regions):
+            if (names[i], names[i + 1] if i + 1 < len(regions) else None) == pair:
+                joined.append(Region([*regions[i].nodes, *regions[i + 1].nodes]).close())
+                i += 2
+            else:
+                joined.append(regions[i])
+                i += 1
+        regions = joined
+
+
+def _best_pair(regions: Sequence[Region], names: Sequence[Hashable]) -> tuple[Hashable, Hashable] | None:
+    counts = Counter(names)
+    pairs = Counter(zip(names, names[1:], strict=False))
+    barriers = {n for n, r in zip(names, regions, strict=True) if _is_barrier(r.nodes[0])}
+    for (a, b), count in pairs.items():
+        if a != b and not {a, b} & barriers and counts[a] == counts[b] == count:
+            return a, b
+    return None
+
+
+def _graph_of(region: Region, name: str, parent: Graph) -> Graph:
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for i, source in enumerate(region.inputs):
+        label = f"w{i}" if source.op == "get_attr" else source.name
+        env[source] = new.placeholder(label)
+        env[source].meta.update(val=source.meta["val"])
+    for node in region.nodes:
+        env[node] = new.node_copy(node, lambda n: env[n])
+    output = new.output(tuple(env[n] for n in region.outputs))
+    output.meta["val"] = tuple(n.meta["val"] for n in region.outputs)
+    return Graph(name, new, parent.symbols)
+
+
+def _calls(graph: Graph, regions: Sequence[Region], names: Mapping[Hashable, str]) -> fx.Graph:
+    """The graph again, with each region one call; inputs, weights and sizes come first."""
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.fx.nodes:
+        sized = isinstance(node.meta.get("val"), (int, torch.SymInt)) and node.op == "call_function"
+        if node.op in ("placeholder", "get_attr") or sized:
+            env[node] = new.node_copy(node, lambda n: env[n])
+    for region in regions:
+        if _is_barrier(region.nodes[0]):
+            env[region.nodes[0]] = new.node_copy(region.nodes[0], lambda n: env[n])
+            continue
+        call = new.create_node("call_module", names[region.signature], tuple(env[n] for n in region.inputs))
+        call.meta["val"] = tuple(n.meta["val"] for n in region.outputs)
+        for i, node in enumerate(region.outputs):
+            env[node] = new.call_function(operator.getitem, (call, i))
+            env[node].meta.update(val=node.meta["val"], origin=node.meta.get("origin"))
+    new.node_copy(graph.fx.output_node(), lambda n: env[n])
+    return new

@@ -1,0 +1,279 @@
+"""Raising attention: scaled_dot_product_attention and the written-out softmax(q k^T) v become one `attention`.
+
+Whether a mask is causal is not guessed from its spelling: the nodes that make it are evaluated at a concrete length
+and compared with the causal mask and with causal sliding windows. Heads repeated for grouped queries are un-repeated.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from llmopt.compiler.evaluate import evaluate
+from llmopt.compiler.graph import Graph, target_name
+from llmopt.compiler.pattern import AnyOf, aten
+from llmopt.compiler.program import Program
+from llmopt.compiler.rewrite import Builder, Match, Rule
+
+LONGEST_MASK = 4096
+
+
+class MaskOracle:
+    """What a mask node allows: the window of a causal mask (0: all of the past), or the reason why it is not one."""
+
+    def __init__(self, graph: Graph, program: Program) -> None:
+        self.graph, self.program = graph, program
+        self.seen: dict[fx.Node, int | str] = {}
+
+    def window(self, node: fx.Node, blocked_where: bool | None = None) -> int | str:
+        """Evaluate `node`; with `blocked_where`, a boolean mask blocks where it equals that value."""
+        if node not in self.seen:
+            self.seen[node] = self._window(node, blocked_where)
+        return self.seen[node]
+
+    def _window(self, node: fx.Node, blocked_where: bool | None) -> int | str:
+        limit = self.program.facts.context_length
+        length = min(limit, LONGEST_MASK)
+        at = torch.arange(length)
+        try:
+            (mask,) = evaluate(self.graph, {"position_ids": at[None]}, self.program.weights, [node])
+        except KeyError as missing:
+            return f"the mask depends on {missing}"
+        if not isinstance(mask, Tensor) or tuple(mask.shape[-2:]) != (length, length) or mask.numel() != length**2:
+            return f"the mask has shape {tuple(getattr(mask, 'shape', ()))}, wanted [..., T, T] for every batch and head"
+        allowed = _allowed(mask.reshape(length, length), blocked_where)
+        if isinstance(allowed, str):
+            return allowed
+        return _as_window(allowed, limit > length and self._reads_constants_beyond(node, length))
+
+    def _reads_constants_beyond(self, node: fx.Node, length: int) -> bool:
+        """Could the mask change past the evaluated length? Only if a constant that large is in it."""
+        stack, seen = [node], {node}
+        while stack:
+            for source in (current := stack.pop()).all_input_nodes:
+                if source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+            numbers = [a for a in (*current.args, *current.kwargs.values()) if isinstance(a, int)]
+            if any(length < n < 2**31 for n in numbers):
+                return True
+        return False
+
+
+def _allowed(mask: Tensor, blocked_where: bool | None) -> Tensor | str:
+    if mask.dtype == torch.bool:
+        return mask != blocked_where if blocked_where is not None else mask
+    if blocked_where is not None:
+        return "a condition that is not boolean"
+    open_, shut = mask == 0, mask <= -1e4
+    return open_ if bool((open_ | shut).all()) else "the mask adds values other than 0 and -inf: a position bias"
+
+
+def _as_window(allowed: Tensor, unsure: bool) -> int | str:
+    length = allowed.shape[0]
+    at = torch.arange(length)
+    distance = at[:, None] - at[None, :]
+    window = int(allowed[-1].sum())
+    window = 0 if window == length else window
+    if unsure and window == 0:
+        return f"the mask holds a constant beyond {LONGEST_MASK}, up to which it was checked"
+    wanted = (distance >= 0) & ((distance < window) if window else torch.ones_like(allowed))
+    return window if torch.equal(allowed, wanted) else "the mask is neither causal nor a causal sliding window"
+
+
+def strip_repeat(node: Any) -> Any:
+    """k or v before it was repeated for grouped queries (repeat_interleave, or unsqueeze-expand-reshape over heads)."""
+    while isinstance(node, fx.Node) and target_name(node) in ("aten.contiguous", "aten.clone"):
+        node = node.args[0]
+    if not isinstance(node, fx.Node):
+        return node
+    if target_name(node) == "aten.repeat_interleave" and len(node.args) > 2 and node.args[2] in (1, -3):
+        return node.args[0]
+    if target_name(node) not in ("aten.reshape", "aten.view", "aten._unsafe_view"):
+        return node
+    spread = node.args[0]
+    while isinstance(spread, fx.Node) and target_name(spread) in ("aten.contiguous", "aten.clone"):
+        spread = spread.args[0]
+    if not isinstance(spread, fx.Node) or target_name(spread) != "aten.expand":
+        return node
+    single = spread.args[0]
+    if isinstance(single, fx.Node) and target_name(single) == "aten.unsqueeze" and single.args[1] == 2:
+        return single.args[0]
+    inner = single
+    while isinstance(inner, fx.Node) and target_name(inner) == "aten.slice":  # k[:, :, None, :, :]
+        inner = inner.args[0]
+    if isinstance(inner, fx.Node) and target_name(inner) == "aten.unsqueeze" and inner.args[1] == 2:
+        return inner.args[0]
+    return node
+
+
+def _check_heads(m: Match, q: Any, k: Any, v: Any) -> Any:
+    values = [n.meta["val"] if isinstance(n, fx.Node) else None for n in (q, k, v)]
+    if any(not isinstance(t, Tensor) or t.dim() != 4 for t in values):
+        return m.fail("q, k and v are not [B, H, T, D]", m.root)
+    tokens = {str(t.shape[2]) for t in values if t is not None}
+    return None if len(tokens) == 1 else m.fail(f"q, k and v have different lengths {sorted(tokens)}", m.root)
+
+
+class FusedAttention(Rule):
+    """aten.scaled_dot_product_attention that is causal."""
+
+    name = "fused-attention"
+
+    def __init__(self, oracle: MaskOracle) -> None:
+        self.oracle = oracle
+
+    def pattern(self, q: Any, k: Any, v: Any, mask: Any, dropout: Any, causal: Any, scale: Any, gqa: Any) -> Any:
+        """Every argument is looked at by check."""
+        return aten.scaled_dot_product_attention.default(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=gqa)
+
+    def check(self, m: Match) -> Any:
+        """No dropout; causal by flag or by mask."""
+        if m["dropout"]:
+            return m.fail(f"dropout {m['dropout']} is on", m.root)
+        if m["mask"] is None and not m["causal"]:
+            return m.fail("neither is_causal nor a mask is given, so every token sees every other", m.root)
+        if m["mask"] is not None:
+            window = self.oracle.window(m["mask"])
+            if isinstance(window, str):
+                return m.fail(window, m["mask"])
+        return _check_heads(m, m["q"], strip_repeat(m["k"]), strip_repeat(m["v"]))
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        """One attention."""
+        window = self.oracle.window(m["mask"]) if m["mask"] is not None else 0
+        scale = m["scale"] if m["scale"] is not None else m.val("q").shape[-1] ** -0.5
+        return b.ir.attention(
+            m["q"], strip_repeat(m["k"]), strip_repeat(m["v"]), None, float(scale), window, 0.0
+        )
+
+
+class WrittenAttention(Rule):
+    """softmax(scores, -1) @ v, where scores are q k^T scaled, soft-capped and masked in any order that makes sense."""
+
+    name = "written-attention"
+
+    def __init__(self, oracle: MaskOracle) -> None:
+        self.oracle = oracle
+
+    def pattern(self, scores: Any, v: Any, dtype: Any) -> Any:
+        """The scores are walked by check."""
+        soft = AnyOf(aten.softmax.int(scores, -1, dtype), aten._softmax.default(scores, -1, False))
+        probs = AnyOf(soft, aten.to.dtype(soft, dtype))
+        return AnyOf(aten.matmul.default(probs, v), aten.bmm.default(probs, v))
+
+    def check(self, m: Match) -> Any:
+        """Walk the scores back to q and k."""
+        found = _Scores(self.oracle).walk(m["scores"])
+        if isinstance(found, str):
+            return m.fail(found, m["scores"])
+        if found.window is None:
+            return m.fail("no causal mask between the scores and the softmax", m["scores"])
+        return _check_heads(m, found.q, strip_repeat(found.k), strip_repeat(m["v"]))
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        """One attention."""
+        found = _Scores(self.oracle).walk(m["scores"])
+        assert not isinstance(found, str)
+        k, v = strip_repeat(found.k), strip_repeat(m["v"])
+        return b.ir.attention(found.q, k, v, None, found.scale, found.window, found.softcap)
+
+
+class _Scores:
+    """Reads masked, scaled, capped scores from the softmax back to the product of q and k."""
+
+    def __init__(self, oracle: MaskOracle) -> None:
+        self.oracle = oracle
+        self.scale, self.softcap = 1.0, 0.0
+        self.window: int | None = None
+        self.q: Any = None
+        self.k: Any = None
+
+    def walk(self, node: Any) -> _Scores | str:
+        """Self once q and k are found, or the reason why not."""
+        while isinstance(node, fx.Node):
+            name = target_name(node)
+            if name in ("aten.matmul", "aten.bmm"):
+                return self._product(node)
+            step = self.steps.get(name.removeprefix("aten."))
+            if step is None:
+                return f"the scores pass through {name}"
+            node = step(self, node)
+        return node if isinstance(node, str) else "the scores are not made by a product of q and k"
+
+    def _to(self, node: fx.Node) -> Any:
+        return node.args[0]
+
+    def _mul(self, node: fx.Node) -> Any:
+        return self._scaled(node, 1)
+
+    def _div(self, node: fx.Node) -> Any:
+        return self._scaled(node, -1)
+
+    def _scaled(self, node: fx.Node, power: int) -> Any:
+        factor = node.args[1]
+        if not isinstance(factor, (int, float)):
+            return "the scores are scaled by a tensor"
+        self.scale *= float(factor) ** power
+        return node.args[0]
+
+    def _softcap(self, node: fx.Node) -> Any:
+        if self.softcap or self.scale != 1.0:
+            return "the scores are scaled after the soft-cap"
+        self.softcap = float(node.args[1])  # type: ignore[arg-type]
+        return node.args[0]
+
+    def _add(self, node: fx.Node) -> Any:
+        return self._masked(node, node.args[1], None)
+
+    def _masked_fill(self, node: fx.Node) -> Any:
+        return self._masked(node, node.args[1], True) if _is_blocking(node.args[2]) else "masked with a finite value"
+
+    def _where(self, node: fx.Node) -> Any:
+        condition, kept, filled = node.args
+        inner = self._masked(node, condition, False) if _is_blocking(filled) else "masked with a finite value"
+        return inner if isinstance(inner, str) else kept
+
+    def _masked(self, node: fx.Node, mask: Any, blocked_where: bool | None) -> Any:
+        if self.window is not None or not isinstance(mask, fx.Node):
+            return "the scores are masked twice or shifted by a constant"
+        window = self.oracle.window(mask, blocked_where)
+        if isinstance(window, str):
+            return window
+        self.window = window
+        return node.args[0]
+
+    steps: ClassVar = {
+        "to": _to, "mul": _mul, "div": _div, "softcap": _softcap, "add": _add, "masked_fill": _masked_fill, "where": _where,
+    }  # fmt: skip
+
+    def _product(self, node: fx.Node) -> Any:
+        self.q, turned = node.args[:2]
+        while isinstance(self.q, fx.Node) and target_name(self.q) in ("aten.mul", "aten.div"):
+            factor = self.q.args[1]
+            if not isinstance(factor, (int, float)):
+                break
+            self.scale *= float(factor) ** (1 if target_name(self.q) == "aten.mul" else -1)
+            self.q = self.q.args[0]
+        if not isinstance(turned, fx.Node) or target_name(turned) != "aten.transpose":
+            return "the right operand of the score product is not a transposed k"
+        if {d % 4 for d in turned.args[1:3] if isinstance(d, int)} != {2, 3}:
+            return "k is transposed over other axes than its last two"
+        self.k = turned.args[0]
+        return self
+
+
+def _is_blocking(value: Any) -> bool:
+    """-inf or a value as good as it, literal or made by a node."""
+    if isinstance(value, fx.Node):
+        value = value.args[0] if value.op == "call_function" and value.args else None
+        value = value if isinstance(value, (int, float)) else None
+    return isinstance(value, (int, float)) and value <= -1e4
+
+
+def attention_rules(graph: Graph, program: Program) -> list[Rule]:
+    """Both spellings, sharing what they learn of masks."""
+    oracle = MaskOracle(graph, program)
+    return [FusedAttention(oracle), WrittenAttention(oracle)]
