@@ -1,0 +1,68 @@
+# Every target sets up what it needs in .venv; PYTHON picks the interpreter, ARGS goes to the command run.
+# A CPU-only torch is smaller: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+
+PYTHON ?= $(firstword $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p; done))
+VENV := .venv
+BIN := $(VENV)/bin
+FOLDERS := compiler passes codegen runtime
+ARGS ?=
+
+# `make dev` leaves this mark: from then on the install is a tree of links, which a new file makes stale
+STRICT := $(wildcard $(VENV)/.strict)
+LISTING := $(if $(STRICT),find llmopt $(FOLDERS) -type f ! -name '*.pyc' | LC_ALL=C sort)
+KEY := $(shell { cat pyproject.toml; $(LISTING); } | cksum | cut -d' ' -f1)
+INSTALLED := $(VENV)/.installed-$(KEY)
+
+CPU_LANE := not gpu and not multigpu and not interp and not xcompile
+
+.PHONY: help install demo test dev lint types bench clean
+
+help:
+	@echo "make demo | test | bench | lint | dev | clean"
+
+install: $(INSTALLED)
+
+$(INSTALLED): | $(BIN)/python
+	@echo "installing llmopt and its dependencies into $(VENV)"
+	@$(BIN)/pip install -q --disable-pip-version-check -e ".[dev]" $(if $(STRICT),--config-settings editable_mode=strict)
+	@rm -f $(VENV)/.installed-* && touch $@
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "llmopt needs Python 3.11 or newer: install it, or give PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+demo: install
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+# the lanes `interp` and `xcompile` need a process of their own; 5 is pytest's "no tests collected"
+test: install
+	@$(BIN)/pytest -m "$(CPU_LANE)" $(ARGS)
+	@for lane in interp xcompile; do \
+		grep -rqE "pytest\.mark\.$$lane\b" tests --include='*.py' || continue; \
+		set -- -m $$lane; [ $$lane = interp ] && flag=1 || flag=0; \
+		TRITON_INTERPRET=$$flag $(BIN)/pytest "$$@" $(ARGS) || [ $$? -eq 5 ] || exit 1; \
+	done
+
+# the form of install that editors and type checkers can follow, and the hooks
+dev: $(BIN)/python
+	@touch $(VENV)/.strict
+	@$(MAKE) --no-print-directory install
+	@if [ -d .git ]; then $(BIN)/pre-commit install; fi
+
+lint: install types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+# mypy does not read package-dir, so it looks at the packages where they are installed: below llmopt
+types: install
+	@rm -rf build/types && mkdir -p build/types/llmopt
+	@for folder in $(FOLDERS); do ln -s "../../../$$folder" build/types/llmopt/; done
+	@for file in llmopt/*; do ln -s "../../../$$file" build/types/llmopt/; done
+	@python=$$PWD/$(BIN)/python; cd build/types && "$$python" -m mypy --config-file ../../pyproject.toml -p llmopt
+
+bench: install
+	@for script in benchmarks/bench_*.py; do $(BIN)/python $$script $(ARGS) || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
