@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmopt.compiler._torch import OpOverload
 from llmopt.compiler.errors import ProviderError
 
 NAMESPACE = "llmopt"
@@ -47,7 +48,7 @@ class Op:
 
     name: str
     fn: Callable[..., Any]
-    overload: torch._ops.OpOverload
+    overload: OpOverload
     providers: dict[str, Provider] = field(default_factory=dict)
     cost_fn: Callable[..., Cost] | None = None
     samples_fn: Callable[[], Iterable[tuple[Any, ...]]] | None = None
@@ -118,7 +119,7 @@ def op(fn: Callable[..., Any]) -> Op:
 
 def op_of(target: Any) -> Op | None:
     """The declared op behind a node's target, or None."""
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE:
+    if isinstance(target, OpOverload) and target.namespace == NAMESPACE:
         return OPS.get(target._schema.name.split("::")[1])
     return None
 
