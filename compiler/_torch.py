@@ -64,3 +64,20 @@ def concrete_values() -> Iterator[None]:
     """Inside a trace: compute on real tensors, unseen by the tracer."""
     with unset_fake_temporarily(), disable_proxy_modes_tracing():
         yield
+
+
+def inductor_matcher() -> Any:
+    """Inductor's pattern matcher module: the peer that `benchmarks/rewrite_cost.py` compares with."""
+    from torch._inductor import pattern_matcher
+
+    return pattern_matcher
+
+
+def lazy_module(graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """A GraphModule around the graph that generates no code until it is called."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    root = torch.nn.Module()
+    for node in graph.find_nodes(op="get_attr"):
+        setattr(root, str(node.target), None)
+    return _LazyGraphModule(root, graph)

@@ -178,7 +178,7 @@ def _source(node: fx.Node) -> str:
 
 def _origin(node: fx.Node) -> Origin:
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [entry[0] for entry in stack.values() if entry[0]]
+    paths = [entry[0] for entry in stack.values() if entry[0] and not entry[0].startswith("_")]
     module = re.sub(r"^(L\['self'\]\.|model\.model\.)", "", paths[-1]) if paths else ""
     return Origin(_source(node), module)
 

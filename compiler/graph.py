@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from llmopt.compiler._torch import OpOverload
 from llmopt.compiler.op import op_of
 
 _DTYPES = {
@@ -71,7 +72,7 @@ def target_name(node: fx.Node) -> str:
     declared = op_of(node.target)
     if declared is not None:
         return declared.name
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return "aten." + node.target._schema.name.split("::")[1]
     return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
@@ -132,7 +133,7 @@ class Graph:
         args = ", ".join(f"{n.name}: {type_of(n.meta.get('val'))}" for n in self.inputs())
         lines = [f"def {self.name}({args}):"]
         for node in self.fx.nodes:
-            if node.op == "call_function":
+            if node.op in ("call_function", "call_module"):
                 lines.append(self.line(node, provenance))
             elif node.op == "output":
                 lines.append("    return " + ", ".join(_format_arg(a) for a in self.outputs()))

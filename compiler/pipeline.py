@@ -128,10 +128,11 @@ class Pipeline:
     def run(self, program: Program, context: Context) -> Program:
         """The program after all passes. Raises what the passes and hooks raise, naming the pass and those before it."""
         for item in self.passes:
-            program = self._run_one(item, program, context)
+            program = self.step(item, program, context)
         return program
 
-    def _run_one(self, item: Pass, program: Program, context: Context) -> Program:
+    def step(self, item: Pass, program: Program, context: Context) -> Program:
+        """Run one pass and the hooks."""
         missing = item.requires - program.properties
         if missing:
             raise PassOrderError(

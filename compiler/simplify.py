@@ -18,10 +18,22 @@ _UNITS = {"aten.mul": 1, "aten.div": 1, "aten.add": 0, "aten.sub": 0}
 def simplify(graph: Graph) -> int:
     """Drop no-ops, merge equal nodes, remove dead ones; returns how many nodes went away."""
     before = len(graph.fx.nodes)
+    fix_sizes(graph)
     drop_noops(graph)
     merge_equal(graph)
     graph.fx.eliminate_dead_code()
     return before - len(graph.fx.nodes)
+
+
+def fix_sizes(graph: Graph) -> None:
+    """Sizes that are known numbers become literals."""
+    for node in list(graph.fx.nodes):
+        if node.op != "call_function" or not isinstance(size := node.meta.get("val"), int) or isinstance(size, bool):
+            continue
+        for user in list(node.users):
+            user.args = fx.node.map_arg(user.args, lambda n, node=node, size=size: size if n is node else n)
+            user.kwargs = fx.node.map_arg(user.kwargs, lambda n, node=node, size=size: size if n is node else n)
+        graph.fx.erase_node(node)
 
 
 def drop_noops(graph: Graph) -> None:

@@ -1,0 +1,11 @@
+"""All passes by name; a recipe names passes from this table, and its order is checked against what they require."""
+
+from llmopt.compiler.pipeline import Pass
+from llmopt.passes.canonicalize import Canonicalize
+from llmopt.passes.insert_kv_cache import InsertKVCache
+from llmopt.passes.lower import Lower
+from llmopt.passes.raise_aten import RaiseAten
+
+PASSES: dict[str, type[Pass]] = {p.name: p for p in (RaiseAten, Canonicalize, InsertKVCache, Lower)}
+
+__all__ = ["PASSES", "Canonicalize", "InsertKVCache", "Lower", "RaiseAten"]

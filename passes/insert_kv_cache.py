@@ -171,12 +171,20 @@ def _select_rows(step: Graph, rows: fx.Node, rule: str) -> None:
                 "linear(hidden, weight), then at most elementwise ops; make the output projection an nn.Linear"
             )
         head = sources[0]
-    hidden = head.args[0]
-    with step.fx.inserting_before(head):
+    user, hidden = head, head.args[0]
+    while (earlier := _rowwise_source(hidden)) is not None:  # a final norm need not see the other rows either
+        user, hidden = hidden, earlier
+    with step.fx.inserting_before(user):
         picked = step.fx.call_function(torch.ops.aten.index_select.default, (hidden, 1, rows))
-    head.update_arg(0, picked)
+    user.update_arg(0, picked)
     with step.fx.inserting_after(logits):
         flat = step.fx.call_function(torch.ops.aten.select.int, (logits, 0, 0))
     for made in (picked, flat):
         made.meta["origin"] = origin(head).touched(rule)
     step.fx.output_node().replace_input_with(logits, flat)
+
+
+def _rowwise_source(node: Any) -> fx.Node | None:
+    """x for norm(x, ...) that only one node reads; None for anything else."""
+    known = target_name(node) in ("rms_norm", "aten.layer_norm") and len(node.users) == 1
+    return node.args[0] if known else None

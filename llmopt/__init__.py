@@ -1,0 +1,53 @@
+"""llmopt: a graph compiler for LLM inference in PyTorch. `compile` a plain causal forward, `generate`, `save`, `load`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmopt.compiler.recipe import Recipe
+from llmopt.compiler.target import Target
+
+if TYPE_CHECKING:
+    from llmopt.compiler.program import ModelFacts
+    from llmopt.model import CompiledModel
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "Target", "compile", "load"]
+
+
+def compile(  # noqa: A001
+    src: Any,
+    recipe: str | Recipe = "default",
+    target: str | Target | None = None,
+    calibration: Any = None,
+    *,
+    dtype: str | None = None,
+    facts: ModelFacts | None = None,
+) -> CompiledModel:
+    """Compile a model: a Hugging Face folder or hub id, an `nn.Module` or an `ExportedProgram`.
+
+    A module's forward is `(input_ids [B, T], position_ids [B, T]) -> logits [B, T, V]`, without any cache. `dtype` is
+    what weights are computed in (`float32`, `bfloat16`, ...; the checkpoint's own by default); `facts` gives vocabulary
+    and context length where they cannot be told from the model. Raises `llmopt.compiler.errors.LlmoptError`.
+    """
+    from llmopt.compiler.errors import InputError
+    from llmopt.model import CompiledModel
+    from llmopt.runtime.build import build
+    from llmopt.runtime.loader import Regions
+
+    if calibration is not None:
+        raise InputError("calibration data was given, but no pass of this version reads any; leave it out")
+    program, report, context = build(src, recipe, target, dtype, facts)
+    return CompiledModel(program, context.recipe, context.target, report, Regions(program))
+
+
+def load(path: str | os.PathLike[str]) -> CompiledModel:
+    """Load an artifact that `CompiledModel.save` or `llmopt compile` wrote; nothing is compiled.
+
+    Raises `llmopt.compiler.errors.ArtifactError` (damaged, too new, built for another target).
+    """
+    from llmopt.runtime.artifact import load as load_artifact
+
+    return load_artifact(Path(path))

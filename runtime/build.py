@@ -1,0 +1,125 @@
+"""From a model to a Program ready to run: capture, the recipe's passes, and the report of what they did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from transformers import PreTrainedModel
+
+from llmopt import codegen
+from llmopt.compiler import knobs
+from llmopt.compiler.capture import capture
+from llmopt.compiler.capture_hf import DTYPES, capture_hf, capture_model
+from llmopt.compiler.errors import InputError, did_you_mean
+from llmopt.compiler.pipeline import Context, Hook, PassReport, Pipeline, hooks_from_knobs
+from llmopt.compiler.program import ModelFacts, Program
+from llmopt.compiler.recipe import Recipe
+from llmopt.compiler.target import Target
+from llmopt.passes import PASSES
+
+Source = str | Path | nn.Module | ExportedProgram
+
+
+@dataclass
+class Report:
+    """What compiling did: one entry a pass, the seconds of each stage, the providers chosen."""
+
+    passes: list[PassReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    choices: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return {
+            "passes": [
+                {
+                    "name": r.name,
+                    "matched": r.stats.matched,
+                    "rewritten": r.stats.rewritten,
+                    "rules": dict(r.stats.per_rule),
+                    "rejected": {f"{rule}: {why}": n for (rule, why), n in r.stats.rejected.items()},
+                    "attempts": r.stats.attempts,
+                    "notes": list(r.stats.notes),
+                    "nodes": [r.nodes_before, r.nodes_after],
+                    "ms": round(r.ms, 3),
+                }
+                for r in self.passes
+            ],
+            "seconds": {k: round(v, 3) for k, v in self.seconds.items()},
+            "choices": self.choices,
+        }
+
+
+def capture_any(source: Source, dtype: str | None = None, facts: ModelFacts | None = None) -> Program:
+    """A Program from any source llmopt takes. Raises InputError or CaptureError.
+
+    `facts` is needed for an ExportedProgram, and for a module whose vocabulary and context cannot be told from it.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not supported; {did_you_mean(str(dtype), DTYPES)}")
+    if isinstance(source, (str, Path)):
+        return capture_hf(str(source), DTYPES[dtype] if dtype else None)
+    if isinstance(source, PreTrainedModel):
+        return capture_model(source)
+    if isinstance(source, (nn.Module, ExportedProgram)):
+        return capture(source, facts or facts_from(source))
+    raise InputError(
+        f"a model of type {type(source).__name__} cannot be compiled; wanted a folder, a hub id, an nn.Module or an ExportedProgram"
+    )
+
+
+def facts_from(source: nn.Module | ExportedProgram) -> ModelFacts:
+    """Vocabulary and context of a plain module, from its attributes or the sizes of its tables."""
+    if isinstance(source, ExportedProgram):
+        raise InputError("an ExportedProgram does not say its context length; pass facts=ModelFacts(name, vocab_size, context_length)")
+    vocab = getattr(source, "vocab_size", None)
+    context = getattr(source, "context_length", None) or getattr(source, "max_seq_len", None)
+    tables = [m for m in source.modules() if isinstance(m, nn.Embedding)]
+    heads = [m for m in source.modules() if isinstance(m, nn.Linear)]
+    vocab = vocab or (heads[-1].out_features if heads else None)
+    if vocab is None:
+        raise InputError(
+            f"{type(source).__name__}: the vocabulary size cannot be told (no attribute vocab_size, no nn.Linear); "
+            "pass facts=ModelFacts(name, vocab_size, context_length)"
+        )
+    learned = [t.num_embeddings for t in tables if t.num_embeddings != vocab]
+    dtype = next((p.dtype for p in source.parameters()), torch.float32)
+    return ModelFacts(type(source).__name__, int(vocab), int(context or min(learned, default=2048)), (), dtype)
+
+
+def build(
+    source: Source | Program,
+    recipe: Recipe | str = "default",
+    target: Target | str | None = None,
+    dtype: str | None = None,
+    facts: ModelFacts | None = None,
+    hooks: Sequence[Hook] = (),
+    progress: Callable[[str], None] = lambda stage: None,
+) -> tuple[Program, Report, Context]:
+    """Capture `source` and run the recipe's passes over it; `progress` is called with the name of each stage."""
+    recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+    passes = recipe.build(PASSES)
+    target = Target.parse(target) if isinstance(target, str) else target or Target.detect()
+    target = codegen.usable(target)
+    context = Context(target, recipe, knobs.bisect())
+    report = Report()
+    started = time.perf_counter()
+    progress("capture")
+    wanted = dtype or recipe.dtype
+    program = source.copy() if isinstance(source, Program) else capture_any(source, wanted, facts)
+    report.seconds["capture"] = time.perf_counter() - started
+    pipeline = Pipeline(passes, [*hooks_from_knobs(), *hooks], report.passes)
+    for item in passes:
+        progress(item.name)
+        program = pipeline.step(item, program, context)
+    report.seconds["passes"] = time.perf_counter() - started - report.seconds["capture"]
+    report.choices = program.choices
+    return program, report, context
+

@@ -1,0 +1,60 @@
+"""What stands between a Program and its Executor: weights read into memory, regions compiled or taken from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from llmopt.codegen.regions import CompiledRegion, build_region, load_region
+from llmopt.compiler.program import Program
+from llmopt.runtime.executor import ShapeClass
+
+
+def read_weights(
+    program: Program, graphs: Iterable[str] = ("step",), known: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The weights these graphs read, in memory, contiguous; `known` ones are not read again."""
+    found: dict[str, Tensor] = {}
+    for name in dict.fromkeys(w for g in graphs for w in program.graph(g).weights()):
+        have = None if known is None else known.get(name)
+        found[name] = have if have is not None else program.weights[name].load().contiguous()
+    return found
+
+
+class Regions:
+    """Compiled regions by name and shape class, each compiled when first asked for, or read from `stored`.
+
+    A region that never sees tokens or rows (it depends on one of the two only) is compiled once for both classes.
+    """
+
+    def __init__(self, program: Program, stored: Mapping[str, CompiledRegion] | None = None) -> None:
+        self.program = program
+        self.compiled: dict[str, CompiledRegion] = dict(stored or {})
+        self.loaded: dict[str, Callable[[list[Any]], Any]] = {}
+
+    def __call__(self, name: str, shape: ShapeClass) -> Callable[[list[Any]], Any]:
+        """The region as a function of its argument list."""
+        graph = self.program.graph(name)
+        key = self.key(name, shape)
+        if key not in self.loaded:
+            if key not in self.compiled:
+                self.compiled[key] = build_region(graph, key.rsplit("@", 1)[1] == "1")
+            self.loaded[key] = load_region(self.compiled[key])
+        return self.loaded[key]
+
+    def key(self, name: str, shape: ShapeClass) -> str:
+        """`layer@1` for one token (or, for regions behind the row selection, one row), `layer@n` for more."""
+        sizes = {str(d) for n in self.program.graph(name).inputs() for d in getattr(n.meta["val"], "shape", ())}
+        symbols = self.program.graph(name).symbols.sizes
+        single = shape[1] if str(symbols["R"]) in sizes and str(symbols["N"]) not in sizes else shape[0]
+        return f"{name}@{'1' if single else 'n'}"
+
+    def compile_all(self, progress: Callable[[str], None] = lambda key: None) -> None:
+        """Compile every region for every shape class (what an artifact holds)."""
+        names = {str(n.target) for n in self.program.graph("step").fx.nodes if n.op == "call_module"}
+        for name in sorted(names):
+            for single in (True, False):
+                progress(self.key(name, (single, single)))
+                self(name, (single, single))
