@@ -40,8 +40,8 @@ test: install
 	@$(BIN)/pytest -m "$(CPU_LANE)" $(ARGS)
 	@for lane in interp xcompile; do \
 		grep -rqE "pytest\.mark\.$$lane\b" tests --include='*.py' || continue; \
-		set -- -m $$lane; [ $$lane = interp ] && flag=1 || flag=0; \
-		TRITON_INTERPRET=$$flag $(BIN)/pytest "$$@" $(ARGS) || [ $$? -eq 5 ] || exit 1; \
+		[ $$lane = interp ] && flag=1 || flag=0; \
+		TRITON_INTERPRET=$$flag $(BIN)/pytest -m $$lane $(ARGS) || [ $$? -eq 5 ] || exit 1; \
 	done
 
 # the form of install that editors and type checkers can follow, and the hooks

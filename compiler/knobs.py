@@ -96,9 +96,9 @@ dump: Knob[Path | None] = Knob(
     "LLMOPT_DUMP", "a folder (made if absent)", _folder, lambda: None, "no dump",
     "Write the graph after each pass (`NN_pass.py`) and the differences between them into this folder.",
 )  # fmt: skip
-verify: Knob[int] = Knob(
-    "LLMOPT_VERIFY", "0, 1 or 2", _level(2), lambda: 1, "1",
-    "Check graphs: 0 never, 1 form and dialect after each pass, 2 also shapes and dtypes on fake tensors.",
+verify: Knob[bool] = Knob(
+    "LLMOPT_VERIFY", "0 or 1", _switch, lambda: True, "1",
+    "Check the structure of every graph after each pass.",
 )  # fmt: skip
 numerics: Knob[bool] = Knob(
     "LLMOPT_NUMERICS", "0 or 1", _switch, lambda: False, "0",
@@ -125,7 +125,7 @@ KNOBS: dict[str, Knob[Any]] = {
 
 @contextmanager
 def scope(**values: object) -> Iterator[None]:
-    """Set knobs for the length of a `with`, child processes included: `scope(debug=2, verify=None)`.
+    """Set knobs for the length of a `with`, child processes included: `scope(debug=2, verify=False)`.
 
     None unsets one; True and False become 1 and 0, tuples of names are joined. Raises KnobError, and then
     sets none.
