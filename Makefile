@@ -62,7 +62,7 @@ types: install
 	@python=$$PWD/$(BIN)/python; cd build/types && "$$python" -m mypy --config-file ../../pyproject.toml -p llmopt
 
 bench: install
-	@for script in benchmarks/bench_*.py; do $(BIN)/python $$script $(ARGS) || exit 1; done
+	@for script in benchmarks/[!_]*.py; do $(BIN)/python $$script $(ARGS) || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
