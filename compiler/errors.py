@@ -59,6 +59,10 @@ class RewriteError(LlmoptError):
     """A rule broke its contract while rewriting (the graph is left as it was)."""
 
 
+class BuildError(LlmoptError):
+    """Native code could not be built or loaded on this machine."""
+
+
 class CacheError(LlmoptError):
     """A page or sequence of the KV cache was used by someone who does not own it."""
 
