@@ -157,13 +157,12 @@ def capture_hf(source: str, dtype: torch.dtype | None = None) -> Program:
     `dtype` None keeps the checkpoint's. Raises InputError (no such folder, not a causal LM) or CaptureError.
     """
     config = _config(source)
-    model = _empty_model(config, source)
     wanted = dtype or _checkpoint_dtype(config)
+    model = _empty_model(config, source, wanted)
     eos = _generation_eos(source)
     facts = facts_of(config, wanted, source)
     facts = facts if eos is None else ModelFacts(**{**facts.__dict__, "eos_token_ids": eos})
     files = _checkpoint_files(Path(source)) if Path(source).is_dir() else {}
-    model.to(wanted)
     missing = {n for n, p in model.named_parameters() if n not in files}
     if missing:  # names differ from the checkpoint's, or it lies in the hub's cache: transformers' own conversion
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
@@ -183,7 +182,7 @@ def capture_hf(source: str, dtype: torch.dtype | None = None) -> Program:
 
 def capture_config(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> Program:
     """A Program of the structure alone: no weight exists, reading one is an error (compile-time studies)."""
-    model = _empty_model(config, type(config).__name__).to(dtype)
+    model = _empty_model(config, type(config).__name__, dtype)
 
     def weight(name: str, tensor: Tensor) -> Weight:
         return tensor_weight(tensor, "meta" if tensor.is_meta else "computed from the config")
@@ -209,11 +208,11 @@ def _config(source: str) -> PretrainedConfig:
         ) from error
 
 
-def _empty_model(config: PretrainedConfig, source: str) -> PreTrainedModel:
+def _empty_model(config: PretrainedConfig, source: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, its computed buffers (rotary frequencies, embedding scales) real."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     except ValueError as error:
         raise InputError(
             f"model {source!r}: {config.model_type!r} is not a causal language model for transformers "
