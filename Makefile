@@ -10,8 +10,9 @@ ARGS ?=
 
 # `make dev` leaves this mark: from then on the install is a tree of links, which a new file makes stale
 STRICT := $(wildcard $(VENV)/.strict)
-LISTING := $(if $(STRICT),find llmopt $(FOLDERS) -type f ! -name '*.pyc' | LC_ALL=C sort)
-KEY := $(shell { cat pyproject.toml; $(LISTING); } | cksum | cut -d' ' -f1)
+LISTED := $(if $(STRICT),llmopt $(FOLDERS))
+KEY := $(shell { cat pyproject.toml; test -z "$(LISTED)" || find $(LISTED) -type f ! -name '*.pyc' | LC_ALL=C sort; } \
+	| cksum | cut -d' ' -f1)
 INSTALLED := $(VENV)/.installed-$(KEY)
 
 CPU_LANE := not gpu and not multigpu and not interp and not xcompile
@@ -50,9 +51,10 @@ dev: $(BIN)/python
 	@$(MAKE) --no-print-directory install
 	@if [ -d .git ]; then $(BIN)/pre-commit install; fi
 
-lint: install types
+lint: install
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory types
 
 # mypy does not read package-dir, so it looks at the packages where they are installed: below llmopt
 types: install
