@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
+import functools
+import logging
+from dataclasses import replace
 
 from llmopt.codegen.cpp import cpp_available
 from llmopt.compiler.target import Target
 
+_log = logging.getLogger("llmopt")
+
 
 def usable(target: Target) -> Target:
-    """The target with only those features that really work on this machine: without a C++ compiler, no `cpp`."""
-    if "cpp" not in target.features:
+    """The target with only those features that really work here; says in one line what is lost, and why."""
+    lost = cpp_available() if "cpp" in target.features else "no C++ compiler was found"
+    if lost is None:
         return target
-    reason = cpp_available()
-    if reason is None:
-        return target
-    warnings.warn(f"target {target.name} runs without compiled kernels, slowly: {reason}", stacklevel=2)
-    return dataclasses.replace(target, features=target.features - {"cpp"})
+    _say_once(f"{lost}; the reference provider runs instead, slowly: install g++, or name a compiler in CXX")
+    return replace(target, features=target.features - {"cpp"})
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    _log.warning("llmopt: %s", line)

@@ -6,14 +6,20 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmopt.compiler.recipe import Recipe
-from llmopt.compiler.target import Target
+# In a checkout the packages stand beside this folder; Python started in the checkout's root finds this one first.
+_checkout = Path(__file__).parent.parent
+if (_checkout / "compiler" / "op.py").is_file():
+    __path__.append(str(_checkout))
+
+from llmopt.compiler.recipe import Recipe  # noqa: E402
+from llmopt.compiler.target import Target  # noqa: E402
 
 if TYPE_CHECKING:
     from llmopt.compiler.program import ModelFacts
     from llmopt.model import CompiledModel
 
 __version__ = "0.1.0"
+
 __all__ = ["Recipe", "Target", "compile", "load"]
 
 

@@ -1,0 +1,72 @@
+"""What every measurement records: the command, the code, the machine, and the bandwidth it had at that moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """Command line, commit, date, CPU, threads, and versions of what a figure may depend on."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with `+changes` if files differ from it; `unknown` outside of a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def read_bandwidth(megabytes: int = 512, repeats: int = 8) -> float:
+    """Bytes per second of the fastest of `repeats` sums over a tensor far larger than the caches, all threads."""
+    data = torch.ones(megabytes * 2**18)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - started)
+    return data.numel() * 4 / best
+
+
+def write_json(path: Path, figures: Mapping[str, Any]) -> None:
+    """Write figures to `path`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump(figures, file, indent=1)
+        file.write("\n")
+    os.chmod(file.name, 0o644)  # a temporary file is private; a result is not
+    os.replace(file.name, path)
