@@ -45,7 +45,8 @@ test: install
 		TRITON_INTERPRET=$$flag $(BIN)/pytest -m $$lane $(ARGS) || [ $$? -eq 5 ] || exit 1; \
 	done
 
-# the form of install that editors and type checkers can follow, and the hooks
+# the form of install that editors and type checkers can follow, and the hooks; with it, python started in this
+# folder needs -P (the folder llmopt/ here would hide the installed package, whose other parts lie elsewhere)
 dev: $(BIN)/python
 	@touch $(VENV)/.strict
 	@$(MAKE) --no-print-directory install
