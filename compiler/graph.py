@@ -120,6 +120,14 @@ class Graph:
                 found.setdefault(str(node.target), node)
         return found
 
+    def call(self, target: Any, args: tuple[Any, ...], made_from: fx.Node, rule: str) -> fx.Node:
+        """Add a call at fx's insertion point, named after its op, with the origin of `made_from` and one more rule."""
+        op = op_of(target)
+        name = op.name if op is not None else getattr(target, "_opname", getattr(target, "__name__", None))
+        node = self.fx.create_node("call_function", target, args, name=name)
+        node.meta["origin"] = origin(made_from).touched(rule)
+        return node
+
     def copy(self) -> Graph:
         """An independent copy (nodes are new, meta dictionaries are copied shallowly)."""
         new = fx.Graph()

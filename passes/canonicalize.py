@@ -144,9 +144,8 @@ def _merge(graph: Graph, nodes: list[fx.Node], program: Program) -> None:
 
 
 def _call(graph: Graph, like: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    node = graph.fx.call_function(target, args)
+    node = graph.call(target, args, like, "merge-linears")
     node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
-    node.meta["origin"] = origin(like).touched("merge-linears")
     return node
 
 

@@ -110,9 +110,7 @@ class _Caches:
 
     def _call(self, before: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
         with self.step.fx.inserting_before(before):
-            made = self.step.fx.call_function(target, args)
-        made.meta["origin"] = origin(before).touched(InsertKVCache.name)
-        return made
+            return self.step.call(target, args, before, InsertKVCache.name)
 
 
 def _use_positions(step: Graph) -> None:
@@ -126,12 +124,12 @@ def _use_positions(step: Graph) -> None:
             continue
         if row is None:
             with step.fx.inserting_after(positions):
-                row = step.fx.call_function(torch.ops.aten.select.int, (positions, 0, 0))
-            row.meta.update(val=step.symbols.tensor(("T",), torch.int64), origin=origin(node).touched(InsertKVCache.name))
+                row = step.call(torch.ops.aten.select.int, (positions, 0, 0), node, InsertKVCache.name)
+            row.meta["val"] = step.symbols.tensor(("T",), torch.int64)
         with step.fx.inserting_before(node):
             made = row if table is True else _rows_of(step, table, node, row)
-            cast = step.fx.call_function(torch.ops.aten.to.dtype, (made, node.meta["val"].dtype))
-        cast.meta.update(val=node.meta["val"], origin=origin(node).touched(InsertKVCache.name))
+            cast = step.call(torch.ops.aten.to.dtype, (made, node.meta["val"].dtype), node, InsertKVCache.name)
+        cast.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(cast)
         step.fx.erase_node(node)
 
@@ -154,8 +152,8 @@ def _counts_tokens(node: fx.Node, tokens: str) -> fx.Node | bool | None:
 
 def _rows_of(step: Graph, table: fx.Node, node: fx.Node, row: fx.Node) -> fx.Node:
     dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
-    made = step.fx.call_function(torch.ops.aten.index_select.default, (table, dim, row))
-    made.meta.update(val=node.meta["val"], origin=origin(node).touched(InsertKVCache.name))
+    made = step.call(torch.ops.aten.index_select.default, (table, dim, row), node, InsertKVCache.name)
+    made.meta["val"] = node.meta["val"]
     return made
 
 
@@ -175,12 +173,10 @@ def _select_rows(step: Graph, rows: fx.Node, rule: str) -> None:
     while (earlier := _rowwise_source(hidden)) is not None:  # a final norm need not see the other rows either
         user, hidden = hidden, earlier
     with step.fx.inserting_before(user):
-        picked = step.fx.call_function(torch.ops.aten.index_select.default, (hidden, 1, rows))
+        picked = step.call(torch.ops.aten.index_select.default, (hidden, 1, rows), head, rule)
     user.update_arg(0, picked)
     with step.fx.inserting_after(logits):
-        flat = step.fx.call_function(torch.ops.aten.select.int, (logits, 0, 0))
-    for made in (picked, flat):
-        made.meta["origin"] = origin(head).touched(rule)
+        flat = step.call(torch.ops.aten.select.int, (logits, 0, 0), head, rule)
     step.fx.output_node().replace_input_with(logits, flat)
 
 
