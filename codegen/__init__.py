@@ -14,10 +14,11 @@ _log = logging.getLogger("llmopt")
 
 def usable(target: Target) -> Target:
     """The target with only those features that really work here; says in one line what is lost, and why."""
-    lost = cpp_available() if "cpp" in target.features else "no C++ compiler was found"
+    absent = "no C++ compiler was found: install g++ or clang++, or let CXX name one"
+    lost = cpp_available() if "cpp" in target.features else absent
     if lost is None:
         return target
-    _say_once(f"{lost}; the reference provider runs instead, slowly: install g++, or name a compiler in CXX")
+    _say_once(f"{lost}; the reference provider runs instead, slowly")
     return replace(target, features=target.features - {"cpp"})
 
 

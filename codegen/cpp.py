@@ -109,7 +109,7 @@ def attend_cpp(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """`attend`; a row's bits do not depend on the other rows. The result lies token by token: [1, N, Hq, D] transposed."""
+    """`attend`; a row's bits do not depend on the other rows. The result is a transposed view of [1, N, Hq, D]."""
     return torch.ops.llmopt.attend_cpp.default(
         q, k_pages, v_pages, block_tables, seq_ids, positions, sinks, scale, window, softcap
     )
@@ -140,7 +140,9 @@ def load_library() -> Path:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise BuildError(f"kernel library {path} does not load ({_one_line(str(error))}); delete it to have it built anew") from error
+        raise BuildError(
+            f"kernel library {path} does not load ({_one_line(str(error))}); delete it to have it built anew"
+        ) from error
     return path
 
 
@@ -154,7 +156,7 @@ def library_path() -> Path:
 
 
 def install_library(name: str, data: bytes) -> None:
-    """Put a library built elsewhere (`load_library().name` and its bytes) into the cache, unless it does not fit here."""
+    """Put a library built elsewhere (`load_library().name`, its bytes) into the cache if it is the one for here."""
     path = library_path()
     if path.name == name and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""From a region of a lowered step to compiled code: providers put in, sizes made concrete or symbolic, then Inductor."""
+"""From a region of a lowered step to compiled code: providers put in, sizes concrete or symbolic, then Inductor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def build_region(graph: Graph, single: bool) -> CompiledRegion:
 
     The two are compiled apart because Inductor, like torch.export, takes a symbolic size to be at least 2.
     """
-    return compile_region(as_function(graph), fake_arguments(graph, single))
+    return compile_region(as_function(graph), fake_arguments(graph, single), serial=single)
 
 
 def as_function(graph: Graph) -> Callable[..., list[Any]]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     ShapeEnv,
@@ -81,3 +84,76 @@ def lazy_module(graph: torch.fx.Graph) -> torch.fx.GraphModule:
     for node in graph.find_nodes(op="get_attr"):
         setattr(root, str(node.target), None)
     return _LazyGraphModule(root, graph)
+
+
+def inductor_source(
+    function: Callable[..., Any], inputs: Sequence[Any], options: dict[str, Any]
+) -> tuple[fx.GraphModule, str | None, list[tuple[list[str], str]]]:
+    """What Inductor would run for `function` on these fake inputs, with nothing compiled yet.
+
+    The traced graph; the wrapper's source (None for a graph without a call); and, in the order of the source, the
+    argument types and code of each C++ kernel. `options` are Inductor's config keys, those unknown to this torch
+    left out. Raises whatever tracing and Inductor raise, and ValueError if the source holds tensor constants.
+    """
+    from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+
+    kernels: list[tuple[list[str], str]] = []
+
+    def record(self: AsyncCompile, argtypes: list[str], source_code: str) -> Callable[..., None]:
+        kernels.append((argtypes, source_code))
+        return lambda *args: None
+
+    mode = next(i.fake_mode for i in inputs if isinstance(i, FakeTensor))
+    with torch.no_grad(), mode:
+        graph = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
+    known = {key: value for key, value in options.items() if _has(config, key)}
+    with config.patch(known), mock.patch.object(AsyncCompile, "cpp_pybinding", record):
+        compiled = compile_fx_inner(graph, inputs)
+    if getattr(compiled, "constants", None):
+        raise ValueError(f"the graph holds tensor constants ({', '.join(compiled.constants)})")
+    return graph, getattr(compiled, "source_code", None), kernels
+
+
+def _has(config: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not hasattr(config, part):
+            return False
+        config = getattr(config, part)
+    return True
+
+
+def size_guards(inputs: Sequence[Any]) -> list[str]:
+    """What was assumed of the symbolic sizes of these fake inputs, beyond their being at least 2."""
+    mode = next((i.fake_mode for i in inputs if isinstance(i, FakeTensor)), None)
+    if mode is None or mode.shape_env is None:
+        return []
+    fixed = [f"{old} == {new}" for old, new in mode.shape_env.replacements.items()]
+    return fixed + [str(guard.expr) for guard in mode.shape_env.guards]
+
+
+def inductor_build(source: str, name: str, folder: str, options: dict[str, Any]) -> bytes:
+    """Compile one C++ file with the flags Inductor gives its kernels; returns the shared library.
+
+    Raises what Inductor raises when the compiler is missing or fails.
+    """
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    path = os.path.join(folder, f"{name}.cpp")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(source)
+    with config.patch({key: value for key, value in options.items() if _has(config, key)}):
+        flags = CppTorchOptions(vec_isa=pick_vec_isa(), warning_all=False)
+        builder = CppBuilder(name=name, sources=path, BuildOption=flags, output_dir=folder)
+        builder.build()
+    with open(builder.get_target_file_path(), "rb") as built:
+        return built.read()
+
+
+def tensor_data_address() -> int:
+    """Address of the C function that takes a Python tensor to its data, for the bindings of compiled kernels."""
+    return int(torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr)

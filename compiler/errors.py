@@ -63,6 +63,10 @@ class BuildError(LlmoptError):
     """Native code could not be built or loaded on this machine."""
 
 
+class ArtifactError(LlmoptError):
+    """An artifact cannot be written where it was asked for, or what was read is damaged, too new, or none."""
+
+
 class CacheError(LlmoptError):
     """A page or sequence of the KV cache was used by someone who does not own it."""
 
