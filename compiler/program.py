@@ -61,7 +61,7 @@ def safetensors_weight(path: Path, key: str, dtype: torch.dtype | None = None) -
     """The tensor `key` of a safetensors file, read on demand and cast to `dtype` if given."""
     with safe_open(path, framework="pt") as file:
         part = file.get_slice(key)
-        shape, stored = tuple(part.get_shape()), _STORED[part.get_dtype()]
+        shape, stored = tuple(part.get_shape()), STORED_DTYPES[part.get_dtype()]
 
     def load() -> Tensor:
         with safe_open(path, framework="pt") as file:
@@ -71,7 +71,8 @@ def safetensors_weight(path: Path, key: str, dtype: torch.dtype | None = None) -
     return Weight(shape, wanted, load, f"{path.name}:{key}")
 
 
-_STORED = {
+# safetensors' names
+STORED_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,

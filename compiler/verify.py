@@ -43,12 +43,19 @@ def is_pointwise(target: Any) -> bool:
     return isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags
 
 
+def in_dialect(target: Any) -> bool:
+    """Is this overload an IR op, pointwise, or in ATEN_SUBSET?"""
+    if not isinstance(target, OpOverload):
+        return False
+    name = target._schema.name.split("::")[1]
+    return op_of(target) is not None or is_pointwise(target) or name in ATEN_SUBSET
+
+
 def check_dialect(graph: Graph) -> None:
     """Raise VerifyError for the first node that is neither an IR op, nor pointwise, nor in ATEN_SUBSET."""
     for node in graph.calls():
-        name = target_name(node).removeprefix("aten.")
-        builtin = not isinstance(node.target, OpOverload)  # getitem and arithmetic on sizes
-        if op_of(node.target) is None and not builtin and not is_pointwise(node.target) and name not in ATEN_SUBSET:
+        # what is no overload is getitem, or arithmetic on sizes
+        if isinstance(node.target, OpOverload) and not in_dialect(node.target):
             raise VerifyError(
                 f"{where(node)}: {target_name(node)} -> {type_of(node.meta.get('val'))} is outside the dialect; wanted "
                 "an llmopt op, a pointwise aten op or one of the listed aten views, reductions and products; "

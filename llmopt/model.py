@@ -15,11 +15,11 @@ from llmopt.compiler.pipeline import program_text
 from llmopt.compiler.program import Program
 from llmopt.compiler.recipe import Recipe
 from llmopt.compiler.target import Target
-from llmopt.runtime.build import Report
 from llmopt.runtime.engine import Engine, SamplingParams, TokenEvent
 from llmopt.runtime.executor import Executor
 from llmopt.runtime.kv_cache import KVCache
 from llmopt.runtime.loader import Regions, read_weights
+from llmopt.runtime.report import Report
 from llmopt.runtime.tokenizer import load_tokenizer
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +17,14 @@ from llmopt.compiler import knobs
 from llmopt.compiler.capture import capture
 from llmopt.compiler.capture_hf import DTYPES, capture_hf, capture_model
 from llmopt.compiler.errors import InputError, did_you_mean
-from llmopt.compiler.pipeline import Context, Hook, PassReport, Pipeline, hooks_from_knobs
+from llmopt.compiler.pipeline import Context, Hook, Pipeline, hooks_from_knobs
 from llmopt.compiler.program import ModelFacts, Program
 from llmopt.compiler.recipe import Recipe
 from llmopt.compiler.target import Target
 from llmopt.passes import PASSES
+from llmopt.runtime.report import Report
 
 Source = str | Path | nn.Module | ExportedProgram
-
-
-@dataclass
-class Report:
-    """What compiling did: one entry a pass, the seconds of each stage, the providers chosen."""
-
-    passes: list[PassReport] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    choices: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
-        return {
-            "passes": [
-                {
-                    "name": r.name,
-                    "matched": r.stats.matched,
-                    "rewritten": r.stats.rewritten,
-                    "rules": dict(r.stats.per_rule),
-                    "rejected": {f"{rule}: {why}": n for (rule, why), n in r.stats.rejected.items()},
-                    "attempts": r.stats.attempts,
-                    "notes": list(r.stats.notes),
-                    "nodes": [r.nodes_before, r.nodes_after],
-                    "ms": round(r.ms, 3),
-                }
-                for r in self.passes
-            ],
-            "seconds": {k: round(v, 3) for k, v in self.seconds.items()},
-            "choices": self.choices,
-        }
 
 
 def capture_any(source: Source, dtype: str | None = None, facts: ModelFacts | None = None) -> Program:
