@@ -1,7 +1,8 @@
 """Fake values of new nodes, computed by running the op on fake operands, once per distinct kind of operands.
 
-Results are shared between nodes whose operands look alike (dtype, sizes, strides, device): in a decoder of identical
-layers each op is run once. A shared value says what a node's result looks like, never which storage it lives in.
+Results are shared between nodes whose operands look alike (dtype, sizes, strides, device): in a decoder of
+identical layers each op is run once. A shared value says what a node's result looks like, never which storage
+it lives in.
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ class Fakes:
     def run(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The fake result of `target(*args, **kwargs)`; None if an operand node has no fake value."""
         try:
-            key = (target, self._key(args), tuple([(k, self._key(v)) for k, v in kwargs.items()]) if kwargs else None)
+            key = (
+                target,
+                self._key(args),
+                tuple([(k, self._key(v)) for k, v in kwargs.items()]) if kwargs else None,
+            )
         except KeyError:
             return None
         try:

@@ -1,6 +1,7 @@
-"""Edits of a graph that can be taken back: what makes a run of rules all or nothing without copying the graph.
+"""Edits of a graph that can be taken back: a run of rules is all or nothing without a copy of the graph.
 
-Dead nodes are only emptied of operands while rules run (so that they count as nobody's users) and erased at the end.
+Dead nodes are only emptied of operands while rules run (so that they count as nobody's users) and erased at
+the end.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from llmopt.compiler._torch import OpOverload
 
 
 class Journal:
-    """Records edits of one graph. `created` holds lists of nodes that builders add; `dead` the nodes to be erased."""
+    """Records edits of one graph: `created` are the builders' lists of new nodes, `dead` awaits erasure."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
-        self._edits: list[tuple[fx.Node, Any, Any]] = []  # (node, old args, old kwargs) or (node, old next node, None)
+        self._edits: list[
+            tuple[fx.Node, Any, Any]
+        ] = []  # (node, old args, old kwargs) or (node, old next node, None)
         self.created: list[list[fx.Node]] = []
         self.dead: dict[fx.Node, None] = {}
 
@@ -31,7 +34,9 @@ class Journal:
             if isinstance(new, fx.Node):
                 user.replace_input_with(old, new)
             else:
-                user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: new if n is old else n)
+                user.args, user.kwargs = fx.map_arg(
+                    (user.args, user.kwargs), lambda n: new if n is old else n
+                )
             yield user
 
     def move(self, node: fx.Node, before: fx.Node) -> None:

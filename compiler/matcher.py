@@ -1,10 +1,11 @@
 """Matching many patterns at once: a bottom-up tree automaton, then a binder for what it lets through.
 
-The automaton gives each node a *state*: the set of pattern calls that match there when identity of nodes is left out.
-A state depends only on the target, the literals and the states of the operands, so it is found by one lookup in a
-table that is filled on demand: cost is linear in nodes, independent of the number of patterns, and a repeated layer
-adds no entry. Only where a state says that a root matches does the binder run; it binds variables, checks that the
-same variable means the same node, and backtracks over operand orders and alternatives.
+The automaton gives each node a *state*: the set of pattern calls that match there when identity of nodes is
+left out. A state depends only on the target, the literals and the states of the operands, so it is found by
+one lookup in a table that is filled on demand: cost is linear in nodes, independent of the number of
+patterns, and a repeated layer adds no entry. Only where a state says that a root matches does the binder run;
+it binds variables, checks that the same variable means the same node, and backtracks over operand orders and
+alternatives.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Goals = tuple[Any, Any, Any] | None  # (pattern, value, the goals after it)
 
 
 class State:
-    """A set of matching pattern calls; `rules` are the indices of the rules whose first root is among them."""
+    """A set of matching pattern calls; `rules` are the indices of rules whose first root is among them."""
 
     __slots__ = ("calls", "rules")
 
@@ -36,7 +37,7 @@ EMPTY = State(frozenset(), ())
 
 @dataclass(frozen=True)
 class Binding:
-    """One way a rule's pattern fits: its roots, the variables, and all matched call nodes (roots included)."""
+    """One way a rule's pattern fits: its roots, its variables, and all matched calls (roots included)."""
 
     roots: tuple[fx.Node, ...]
     env: dict[str, Any]
@@ -87,7 +88,9 @@ def shape_of(pattern: Any) -> Any:
         return "var"
     if isinstance(pattern, Call):
         return tuple((f.target, tuple(shape_of(a) for a in f.args)) for f in pattern.forms)
-    return (type(pattern).__name__, *(shape_of(c) for c in children(pattern))) if _nested(pattern) else pattern
+    return (
+        (type(pattern).__name__, *(shape_of(c) for c in children(pattern))) if _nested(pattern) else pattern
+    )
 
 
 def _nested(pattern: Any) -> bool:
@@ -95,7 +98,7 @@ def _nested(pattern: Any) -> bool:
 
 
 def _literal_key(value: Any) -> Any:
-    """A hashable key of a literal that tells 1, 1.0 and True apart; nodes inside lists are left to the caller."""
+    """A hashable key of a literal that tells 1, 1.0 and True apart."""
     try:
         hash(value)
     except TypeError:
@@ -109,7 +112,8 @@ class Table:
     def __init__(self, patterns: Iterable[tuple[Any, ...]]) -> None:
         self.patterns = tuple(patterns)
         self.attempts = 0
-        self._forms: dict[Any, list[tuple[Call, Form]]] = {}
+        # by id of the target: overloads are singletons, and hash in Python
+        self._forms: dict[int, list[tuple[Call, Form]]] = {}
         self._anchors: list[frozenset[Call]] = [frozenset(root_calls(roots[0])) for roots in self.patterns]
         self._entries: dict[tuple[Any, ...], State] = {}
         self._interned: dict[frozenset[Call], State] = {EMPTY.calls: EMPTY}
@@ -117,25 +121,24 @@ class Table:
         self.states: dict[fx.Node, State] = {}  # nodes in the empty state are left out
         for found in dict.fromkeys(c for roots in self.patterns for root in roots for c in calls_in(root)):
             for form in found.forms:
-                self._forms.setdefault(form.target, []).append((found, form))
+                self._forms.setdefault(id(form.target), []).append((found, form))
 
     def state(self, node: fx.Node) -> State:
         """Compute the node's state from those of its operands, and remember it."""
-        state = EMPTY
-        if node.target in self._forms and node.op == "call_function":
-            key = self._key(node)
-            found = self._entries.get(key)
-            if found is None:
-                found = self._entries[key] = self._evaluate(node)
-            state = found
-        if state is EMPTY:
-            self.states.pop(node, None)
-        else:
+        if id(node.target) not in self._forms:
+            return EMPTY
+        key = self._key(node)
+        state = self._entries.get(key)
+        if state is None:
+            state = self._entries[key] = self._evaluate(node)
+        if state is not EMPTY:
             self.states[node] = state
+        elif node in self.states:
+            del self.states[node]
         return state
 
     def _key(self, node: fx.Node) -> tuple[Any, ...]:
-        key = [node.target]
+        key: list[Any] = [id(node.target)]
         get = self.states.get
         for arg in node.args:
             if isinstance(arg, fx.Node):
@@ -160,7 +163,7 @@ class Table:
         """Try every form of this target on the node: the only place where structure is tested."""
         values = node_args(node)
         calls = set()
-        for found, form in self._forms[node.target]:
+        for found, form in self._forms[id(node.target)]:
             if found in calls:
                 continue
             self.attempts += 1
@@ -196,7 +199,9 @@ class Table:
         for env, nodes in self._solve((self.patterns[rule][0], root, None), {}, None):
             yield from self._bind_roots(rule, (root,), env, nodes)
 
-    def _bind_roots(self, rule: int, roots: tuple[fx.Node, ...], env: dict[str, Any], nodes: Any) -> Iterator[Binding]:
+    def _bind_roots(
+        self, rule: int, roots: tuple[fx.Node, ...], env: dict[str, Any], nodes: Any
+    ) -> Iterator[Binding]:
         patterns = self.patterns[rule]
         if len(roots) == len(patterns):
             yield Binding(roots, env, _unlink(nodes))
@@ -214,47 +219,53 @@ class Table:
         return [(frozenset(root_calls(r)), depths_of_vars(r)) for r in roots]
 
     def _candidates(self, rule: int, at: int, env: dict[str, Any]) -> list[fx.Node]:
-        """Nodes that may be root `at`: reached from a bound variable by as many users as the pattern has calls."""
+        """Nodes that may be root `at`: as far from a bound variable as the pattern has calls in between."""
         anchors, places = self._others[rule][at]
-        for name, depth in sorted(places):
+        for name in sorted({name for name, _ in places}):
             if isinstance(env.get(name), fx.Node):
                 depths = {d for n, d in places if n == name}
                 found = _users_at(env[name], depths)
                 return sorted(n for n in found if anchors & self.states.get(n, EMPTY).calls)
-        raise RewriteError(f"root {at} of a pattern shares no variable with the roots before it; let it share one")
+        raise RewriteError(
+            f"root {at} of a pattern shares no variable with the roots before it; let it share one"
+        )
 
     def _solve(self, goals: Goals, env: dict[str, Any], nodes: Any) -> Iterator[tuple[dict[str, Any], Any]]:
-        """Bindings that meet all goals. `env` is this frame's own; `nodes` is a linked list of matched call nodes."""
+        """Bindings that meet all goals.
+
+        `env` is this frame's own and is filled; `nodes` is a linked list of the call nodes matched so far.
+        """
         while goals is not None:
-            pattern, value, goals = goals
+            pattern, value, after = goals
             if isinstance(pattern, Var):
                 if not bind(pattern, value, env):
                     return
-            elif isinstance(pattern, Call):
-                forms = self._forms_at(pattern, value)
-                if not forms:
-                    return
-                nodes = (value, nodes)
-                values = node_args(value)
-                for form in forms[:-1]:
-                    yield from self._solve(_push(form.args, values, goals), dict(env), nodes)
-                goals = _push(forms[-1].args, values, goals)
-            elif isinstance(pattern, AnyOf):
-                options = [o for o in pattern.options if self.fits(o, value)]
-                if not options:
-                    return
-                for option in options[:-1]:
-                    yield from self._solve((option, value, goals), dict(env), nodes)
-                goals = (options[-1], value, goals)
-            elif isinstance(pattern, ListOf):
-                pairs = pattern.split(value)
-                if pairs is None:
-                    return
-                for p, v in reversed(pairs):
-                    goals = (p, v, goals)
-            elif isinstance(value, fx.Node) or value != pattern:
+                goals = after
+                continue
+            choices = self._choices(pattern, value, after)
+            if not choices:
                 return
+            if isinstance(pattern, Call):
+                nodes = (value, nodes)
+            for choice in choices[:-1]:
+                yield from self._solve(choice, dict(env), nodes)
+            goals = choices[-1]
         yield env, nodes
+
+    def _choices(self, pattern: Any, value: Any, after: Goals) -> list[Goals]:
+        """What to solve instead of `pattern` at `value`: a list of goals per operand order or option."""
+        if isinstance(pattern, Call):
+            forms = self._forms_at(pattern, value)
+            values = node_args(value) if forms else ()
+            return [_push(form.args, values, after) for form in forms]
+        if isinstance(pattern, AnyOf):
+            return [(option, value, after) for option in pattern.options if self.fits(option, value)]
+        if isinstance(pattern, ListOf):
+            pairs = pattern.split(value)
+            if pairs is None:
+                return []
+            return [_push(tuple(p for p, _ in pairs), tuple(v for _, v in pairs), after)]
+        return [] if isinstance(value, fx.Node) or value != pattern else [after]
 
     def _forms_at(self, pattern: Call, value: Any) -> list[Form]:
         if not isinstance(value, fx.Node) or pattern not in self.states.get(value, EMPTY).calls:
@@ -267,7 +278,7 @@ class Table:
 
 
 def bind(pattern: Var, value: Any, env: dict[str, Any]) -> bool:
-    """Bind the variable in `env` if it may be; False if it is bound to something else or does not accept the value."""
+    """Bind the variable in `env`; False if it is bound to something else or does not accept the value."""
     if pattern.name in env:
         return pattern.accepts(value) and is_same(env[pattern.name], value)
     if not pattern.accepts(value):

@@ -1,4 +1,4 @@
-"""Why a rule matched nothing: the place in the graph where most of its pattern fits, and what differs there."""
+"""Why a rule matched nothing: the place where most of its pattern fits, and what differs there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmopt.compiler.pattern import AnyOf, Call, Const, Form, ListOf, Var, name_
 
 @dataclass(frozen=True)
 class NearMiss:
-    """`matched` of `total` pattern calls fit; at `node` the pattern wanted something else, as `reason` says."""
+    """`matched` of `total` pattern calls fit; at `node` something else was wanted, as `reason` says."""
 
     rule: str
     matched: int
@@ -55,7 +55,9 @@ def nearest(rule: str, roots: tuple[Any, ...], nodes: Iterable[fx.Node]) -> Near
         names = " or ".join(sorted({name_of(t) for t in anchors}))
         return NearMiss(rule, 0, total, None, f"the graph has no {names}")
     reason = best.reason or (
-        f"the first of {len(roots)} roots fits, but no others beside it" if len(roots) > 1 else "fits; not tried"
+        f"the first of {len(roots)} roots fits, but no others beside it"
+        if len(roots) > 1
+        else "fits; not tried"
     )
     return NearMiss(rule, best.count, total, best.node, reason)
 

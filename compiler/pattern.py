@@ -1,8 +1,9 @@
 """Patterns over graphs: what a rule looks for, written as if calling the ops.
 
-`aten.mul.Tensor(aten.silu.default(gate), up)` and `ir.rms_norm(x, w, eps)` build pattern nodes; `call` does it for any
-target. Arguments are brought into the order of the op's schema with its defaults filled in, so a default given or
-omitted, positional or by keyword, matches equally. Commutative ops match both operand orders.
+`aten.mul.Tensor(aten.silu.default(gate), up)` and `ir.rms_norm(x, w, eps)` build pattern nodes; `call` does
+it for any target. Arguments are brought into the order of the op's schema with its defaults filled in, so a
+default given or omitted, positional or by keyword, matches equally. Commutative ops match both operand
+orders.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def commutes(overload: OpOverload) -> OpOverload:
 
 @dataclass(frozen=True, eq=False)
 class Var:
-    """Matches any node, literal or list, and binds it; the same name twice must bind the same node or equal literal.
+    """Matches any node, literal or list, and binds it.
 
+    The same name twice must bind the same node or an equal literal.
     `where(value)` narrows what it accepts (it gets the node or literal).
     """
 
@@ -47,13 +49,13 @@ class Var:
 
 
 class Const(Var):
-    """A variable that binds only a literal of a type; `float` takes ints as well, but neither takes a bool."""
+    """A variable that binds only a literal of a type; `float` takes ints too, but neither takes a bool."""
+
+    kind: type
 
     def __init__(self, name: str, kind: type, where: Callable[[Any], bool] | None = None) -> None:
         super().__init__(name, where)
         object.__setattr__(self, "kind", kind)
-
-    kind: type
 
     def is_literal(self, value: Any) -> bool:
         """Is the value a literal of this type?"""
@@ -116,7 +118,7 @@ class AnyOf:
         self.options = tuple(as_pattern(o) for o in options)
 
 
-def Maybe(target: Any, x: Any, *args: Any, **kwargs: Any) -> AnyOf:  # noqa: N802 - reads as a pattern class
+def Maybe(target: Any, x: Any, *args: Any, **kwargs: Any) -> AnyOf:
     """The op around x, or x itself."""
     return AnyOf(call(target, x, *args, **kwargs), x)
 
@@ -163,6 +165,7 @@ def node_args(node: fx.Node) -> tuple[Any, ...]:
     return flat_args(node.target, node.args, node.kwargs)
 
 
+@cache
 def name_of(target: Any) -> str:
     """`aten.mul`, `linear` (IR ops), or a function's name."""
     if isinstance(target, OpOverload):
@@ -178,12 +181,18 @@ def _check_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], flat
     names = [name for name, _ in schema]
     unknown = [k for k in kwargs if k not in names]
     if unknown:
-        raise RewriteError(f"pattern {name_of(target)}: no argument {unknown[0]!r}; {did_you_mean(unknown[0], names)}")
+        raise RewriteError(
+            f"pattern {name_of(target)}: no argument {unknown[0]!r}; {did_you_mean(unknown[0], names)}"
+        )
     if len(args) > len(names):
-        raise RewriteError(f"pattern {name_of(target)}: {len(args)} arguments given, wanted at most {len(names)}")
+        raise RewriteError(
+            f"pattern {name_of(target)}: {len(args)} arguments given, wanted at most {len(names)}"
+        )
     if any(v is MISSING for v in flat):
         short = [n for n, v in zip(names, flat, strict=True) if v is MISSING]
-        raise RewriteError(f"pattern {name_of(target)}: argument {short[0]!r} is missing; name it or give a Var")
+        raise RewriteError(
+            f"pattern {name_of(target)}: argument {short[0]!r} is missing; name it or give a Var"
+        )
 
 
 def _forms(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Form]:
@@ -198,14 +207,14 @@ def _forms(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[F
 
 
 def call(target: Any, *args: Any, **kwargs: Any) -> Call:
-    """A pattern node calling `target`: an overload, `aten.x.y`, `ir.x`, a function, or a tuple of alternatives."""
+    """A pattern node; `target` is an overload, `aten.x.y`, `ir.x`, a function, or a tuple of them."""
     targets = target if isinstance(target, tuple) else (target,)
     return Call(tuple(f for t in targets for f in _forms(overload_of(t), args, kwargs)))
 
 
 @dataclass(frozen=True)
 class OpRef:
-    """An op named through a namespace; calling it hands the overload and arguments to the namespace's maker."""
+    """An op named through a namespace; calling it hands the overload and arguments to `make`."""
 
     overload: Any
     make: Callable[..., Any] = field(compare=False)
@@ -219,6 +228,18 @@ def overload_of(target: Any) -> Any:
     return target.overload if isinstance(target, OpRef) else target
 
 
+@cache
+def _aten(name: str, overload: str) -> OpOverload:
+    if not hasattr(torch.ops.aten, name):
+        raise RewriteError(f"there is no op aten.{name}; check the spelling in torch.ops.aten")
+    packet = getattr(torch.ops.aten, name)
+    if overload not in packet.overloads():
+        known = did_you_mean(overload, packet.overloads())
+        raise RewriteError(f"aten.{name} has no overload {overload!r}; {known}")
+    found: OpOverload = getattr(packet, overload)
+    return found
+
+
 class _Packet:
     def __init__(self, name: str, make: Callable[..., Any]) -> None:
         self._name, self._make = name, make
@@ -226,11 +247,7 @@ class _Packet:
     def __getattr__(self, overload: str) -> OpRef:
         if overload.startswith("__"):
             raise AttributeError(overload)
-        packet = getattr(torch.ops.aten, self._name)
-        if overload not in packet.overloads():
-            known = did_you_mean(overload, packet.overloads())
-            raise RewriteError(f"aten.{self._name} has no overload {overload!r}; {known}")
-        return OpRef(getattr(packet, overload), self._make)
+        return OpRef(_aten(self._name, overload), self._make)
 
 
 class AtenOps:
@@ -242,8 +259,6 @@ class AtenOps:
     def __getattr__(self, name: str) -> _Packet:
         if name.startswith("__"):
             raise AttributeError(name)
-        if not hasattr(torch.ops.aten, name):
-            raise RewriteError(f"there is no op aten.{name}; check the spelling in torch.ops.aten")
         return _Packet(name, self._make)
 
 
