@@ -156,9 +156,7 @@ class Engine:
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         if len(each) != len(prompts):
-            raise InputError(
-                f"{len(each)} sampling parameters for {len(prompts)} prompts; give one or one each"
-            )
+            raise InputError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one or one each")
         checked = [
             self._admissible(prompt, own, index, f"prompt {index}")
             for index, (prompt, own) in enumerate(zip(prompts, each, strict=True))

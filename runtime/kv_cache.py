@@ -38,9 +38,7 @@ class PagePool:
     def take(self, count: int) -> list[int]:
         """`count` pages, all or none."""
         if count > len(self._free):
-            raise CacheFullError(
-                f"{count} pages are wanted, {self.free} of {self.size} are free; grow the pool"
-            )
+            raise CacheFullError(f"{count} pages are wanted, {self.free} of {self.size} are free; grow the pool")
         taken = [self._free.pop() for _ in range(count)]
         self._taken.update(taken)
         return taken
@@ -82,9 +80,7 @@ class KVCache:
                 )
         self.page_size, self.device = page_size, torch.device(device)
         self.bytes_per_page = sum(s.bytes_per_page for s in specs)
-        limits = [
-            m for m in (max_pages, max_bytes and max_bytes // max(self.bytes_per_page, 1)) if m is not None
-        ]
+        limits = [m for m in (max_pages, max_bytes and max_bytes // max(self.bytes_per_page, 1)) if m is not None]
         self.max_pages = min(limits) if limits else None
         if self.max_pages is not None and self.max_pages < 2:
             raise InputError(
@@ -130,9 +126,7 @@ class KVCache:
     def pages(self, row: int) -> list[int]:
         """The pages of a live sequence, in order of position (not to be edited)."""
         if row not in self._pages:
-            raise CacheError(
-                f"row {row} is no live sequence; live rows are {sorted(self._pages)}: open() first"
-            )
+            raise CacheError(f"row {row} is no live sequence; live rows are {sorted(self._pages)}: open() first")
         return self._pages[row]
 
     def reserve(self, row: int, length: int) -> int:
@@ -182,9 +176,7 @@ class KVCache:
     def _write_pending(self) -> None:
         rows, width = max(self._pages, default=0) + 1, max(map(len, self._pages.values()), default=1)
         if rows > self._table.shape[0] or width > self._table.shape[1]:
-            shape = [
-                _doubled(have, want) for have, want in zip(self._table.shape, (rows, width), strict=True)
-            ]
+            shape = [_doubled(have, want) for have, want in zip(self._table.shape, (rows, width), strict=True)]
             self._table = self._table.new_zeros(shape)
             self._pending = [(r, i, page) for r, pages in self._pages.items() for i, page in enumerate(pages)]
         if self._pending:

@@ -128,24 +128,26 @@ def keep_top_p(scores: Tensor, tail: Tensor) -> Tensor:
 
 def gumbel(seed: Tensor, sequence: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     """Gumbel noise fp32 [R, vocab_size] for the rows keyed by int64 [R] seed, sequence and position."""
-    block = torch.arange(-(-vocab_size // 4), device=seed.device)[None]
-    counter = (block, position[:, None], sequence[:, None], torch.zeros_like(block[:, :1]))
-    words = philox(counter, ((seed & _WORD)[:, None], (seed >> 32)[:, None]))
-    bits = torch.stack(words, dim=-1).flatten(1)[:, :vocab_size]
+    block = torch.arange(-(-vocab_size // 4), device=seed.device)
+    row = torch.stack((position, sequence, torch.zeros_like(seed)))[..., None].expand(-1, -1, len(block))
+    counter = torch.cat((block.expand(1, len(seed), -1), row))
+    words = philox(counter, torch.stack((seed & _WORD, seed >> 32))[..., None])
+    bits = words.permute(1, 2, 0).flatten(1)[:, :vocab_size]
     # exponential = -log(1 - u): u is finest near 0, where the winners are; u < 1 keeps the noise finite
     u = (bits.float() * 2.0**-32 + 2.0**-33).clamp_max(1 - 2.0**-24)
     return -torch.log(-torch.log1p(-u))
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 on int64 tensors that hold 32-bit words and broadcast together; four words out."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
+def philox(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox4x32-10 of int64 tensors that hold 32-bit words: counter [4, ...], key [2, ...] -> [4, ...]."""
+    shape = (2, *[1] * (counter.dim() - 1))
+    pair = torch.arange(2, device=counter.device).reshape(shape)
+    multiplier, weyl = _M0 + (_M1 - _M0) * pair, _W0 + (_W1 - _W0) * pair
+    even, odd = counter[0::2], counter[1::2]
+    for number in range(10):
         # int64 products wrap modulo 2**64, which keeps both halves right; the low half stays unmasked until
         # it is returned, as the mask after the next round's xor makes up for it
-        p0, p1 = c0 * _M0, c2 * _M1
-        c0, c2 = ((p1 >> 32) ^ (c1 ^ k0)) & _WORD, ((p0 >> 32) ^ (c3 ^ k1)) & _WORD
-        c1, c3 = p1, p0
-        k0, k1 = (k0 + _W0) & _WORD, (k1 + _W1) & _WORD
-    return tuple(torch.broadcast_tensors(c0, c1 & _WORD, c2, c3 & _WORD))
+        product = (even * multiplier).flip(0)
+        even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(key + number * weyl).bitwise_and_(_WORD)
+        odd = product
+    return torch.stack((even, odd & _WORD), dim=1).flatten(0, 1)
