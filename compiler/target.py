@@ -10,8 +10,6 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from llmopt.compiler import plain
 from llmopt.compiler.errors import TargetError, did_you_mean
 
@@ -134,6 +132,8 @@ def cxx() -> tuple[str, ...] | None:
 
 
 def _isa() -> str:
+    import torch  # here, so that the command line and its help come without the seconds torch takes to import
+
     seen = torch.backends.cpu.get_cpu_capability()
     if seen in ("AVX512", "AVX2"):
         return seen.lower()
