@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch.fx import Graph as FxGraph
+from torch.fx import Node
 
 from llmopt.compiler._torch import OpOverload
 from llmopt.compiler.op import op_of
@@ -42,13 +43,13 @@ class Origin:
         return " ".join(p for p in parts if p)
 
 
-def origin(node: fx.Node) -> Origin:
+def origin(node: Node) -> Origin:
     """The node's origin (an empty one if it has none)."""
     found = node.meta.get("origin")
     return found if isinstance(found, Origin) else Origin()
 
 
-def where(node: fx.Node) -> str:
+def where(node: Node) -> str:
     """`%name (module file:line)`: how messages point at a node."""
     o = origin(node)
     text = " ".join(p for p in (o.module, o.source) if p)
@@ -67,7 +68,7 @@ def type_of(value: Any) -> str:
     return type(value).__name__
 
 
-def target_name(node: fx.Node) -> str:
+def target_name(node: Node) -> str:
     """Short name of what a node calls: `linear`, `aten.view`, or the weight's name."""
     declared = op_of(node.target)
     if declared is not None:
@@ -78,7 +79,7 @@ def target_name(node: fx.Node) -> str:
 
 
 def _format_arg(arg: Any) -> str:
-    if isinstance(arg, fx.Node):
+    if isinstance(arg, Node):
         return f'w["{arg.target}"]' if arg.op == "get_attr" else arg.name
     if isinstance(arg, (list, tuple)):
         inner = ", ".join(_format_arg(a) for a in arg)
@@ -91,13 +92,13 @@ class Graph:
     """A named graph of the dialect. `fx` is the graph itself; passes edit it through `compiler.rewrite`."""
 
     name: str
-    fx: fx.Graph
+    fx: FxGraph
     symbols: Any = None  # compiler.propagate.Symbols once values are propagated
 
     def __len__(self) -> int:
         return sum(n.op == "call_function" for n in self.fx.nodes)
 
-    def inputs(self) -> list[fx.Node]:
+    def inputs(self) -> list[Node]:
         """Placeholders in call order."""
         return [n for n in self.fx.nodes if n.op == "placeholder"]
 
@@ -106,21 +107,21 @@ class Graph:
         (result,) = self.fx.output_node().args
         return tuple(result) if isinstance(result, (list, tuple)) else (result,)
 
-    def calls(self, name: str | None = None) -> Iterator[fx.Node]:
+    def calls(self, name: str | None = None) -> Iterator[Node]:
         """Call nodes, all or those with this short target name (`attention`, `aten.view`)."""
         for node in self.fx.nodes:
             if node.op == "call_function" and (name is None or target_name(node) == name):
                 yield node
 
-    def weights(self) -> dict[str, fx.Node]:
+    def weights(self) -> dict[str, Node]:
         """Weight nodes by weight name (the first of each)."""
-        found: dict[str, fx.Node] = {}
+        found: dict[str, Node] = {}
         for node in self.fx.nodes:
             if node.op == "get_attr":
                 found.setdefault(str(node.target), node)
         return found
 
-    def call(self, target: Any, args: tuple[Any, ...], made_from: fx.Node, rule: str) -> fx.Node:
+    def call(self, target: Any, args: tuple[Any, ...], made_from: Node, rule: str) -> Node:
         """Add a call at fx's insertion point, named after its op, with the origin of `made_from` and one more rule."""
         op = op_of(target)
         name = op.name if op is not None else getattr(target, "_opname", getattr(target, "__name__", None))
@@ -130,8 +131,8 @@ class Graph:
 
     def copy(self) -> Graph:
         """An independent copy (nodes are new, meta dictionaries are copied shallowly)."""
-        new = fx.Graph()
-        env: dict[fx.Node, fx.Node] = {}
+        new = FxGraph()
+        env: dict[Node, Node] = {}
         for node in self.fx.nodes:
             env[node] = new.node_copy(node, lambda n: env[n])
         return Graph(self.name, new, self.symbols)
@@ -153,7 +154,7 @@ class Graph:
         names = {str(value): name for name, value in self.symbols.sizes.items()}
         return re.sub(r"\bs\d+\b", lambda m: names.get(m.group(), m.group()), text)
 
-    def line(self, node: fx.Node, provenance: bool = True) -> str:
+    def line(self, node: Node, provenance: bool = True) -> str:
         """One printed line of the graph."""
         args = [_format_arg(a) for a in node.args] + [f"{k}={_format_arg(v)}" for k, v in node.kwargs.items()]
         text = f"    {node.name}: {type_of(node.meta.get('val'))} = {target_name(node)}({', '.join(args)})"

@@ -12,6 +12,7 @@ from llmopt.compiler.graph import Graph, target_name
 
 _SAME_TYPE = {"aten.to", "aten._to_copy", "aten.contiguous", "aten.clone", "aten.type_as"}
 _SAME_SHAPE = {"aten.view", "aten.reshape", "aten.expand", "aten._unsafe_view"}
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 _UNITS = {"aten.mul": 1, "aten.div": 1, "aten.add": 0, "aten.sub": 0}
 
 
@@ -30,15 +31,23 @@ def fix_sizes(graph: Graph) -> None:
     for node in list(graph.fx.nodes):
         if node.op != "call_function" or not isinstance(size := node.meta.get("val"), int) or isinstance(size, bool):
             continue
-        for user in list(node.users):
-            user.args = fx.node.map_arg(user.args, lambda n, node=node, size=size: size if n is node else n)
-            user.kwargs = fx.node.map_arg(user.kwargs, lambda n, node=node, size=size: size if n is node else n)
+        _put_literal(node, size)
         graph.fx.erase_node(node)
+
+
+def _put_literal(node: fx.Node, value: int) -> None:
+    def put(other: fx.Node) -> Any:
+        return value if other is node else other
+
+    for user in list(node.users):
+        user.args, user.kwargs = fx.node.map_arg(user.args, put), fx.node.map_arg(user.kwargs, put)
 
 
 def drop_noops(graph: Graph) -> None:
     """Replace nodes that return their first argument unchanged (same shape and dtype, so same value)."""
     for node in list(graph.fx.nodes):
+        if node.target in _VIEWS:  # a view may have been legal only because of a `contiguous` that is dropped here
+            node.target = torch.ops.aten.reshape.default
         if node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node) and _is_noop(node):
             node.replace_all_uses_with(node.args[0])
             graph.fx.erase_node(node)

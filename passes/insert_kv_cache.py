@@ -127,14 +127,14 @@ def _use_positions(step: Graph) -> None:
                 row = step.call(torch.ops.aten.select.int, (positions, 0, 0), node, InsertKVCache.name)
             row.meta["val"] = step.symbols.tensor(("T",), torch.int64)
         with step.fx.inserting_before(node):
-            made = row if table is True else _rows_of(step, table, node, row)
+            made = _rows_of(step, table, node, row) if isinstance(table, fx.Node) else row
             cast = step.call(torch.ops.aten.to.dtype, (made, node.meta["val"].dtype), node, InsertKVCache.name)
         cast.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(cast)
         step.fx.erase_node(node)
 
 
-def _counts_tokens(node: fx.Node, tokens: str) -> fx.Node | bool | None:
+def _counts_tokens(node: fx.Node, tokens: str) -> Any:
     """True for arange(T); the table for table[:T] along any axis; None otherwise."""
     value = node.meta.get("val")
     name = target_name(node)
@@ -169,7 +169,8 @@ def _select_rows(step: Graph, rows: fx.Node, rule: str) -> None:
                 "linear(hidden, weight), then at most elementwise ops; make the output projection an nn.Linear"
             )
         head = sources[0]
-    user, hidden = head, head.args[0]
+    user: Any = head
+    hidden: Any = head.args[0]
     while (earlier := _rowwise_source(hidden)) is not None:  # a final norm need not see the other rows either
         user, hidden = hidden, earlier
     with step.fx.inserting_before(user):
