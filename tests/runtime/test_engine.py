@@ -2,146 +2,24 @@
 
 from __future__ import annotations
 
-from functools import cache as memoize
-
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from torch.nn.functional import scaled_dot_product_attention, silu
-from transformers import LlamaConfig, LlamaForCausalLM
+from toy_lm import (
+    CONTEXT,
+    RAGGED,
+    VOCAB,
+    WARM,
+    alone,
+    drain,
+    is_empty,
+    make_engine,
+    plain_logits,
+    prompts_of,
+    tokens_of,
+)
 
 from llmopt.compiler.errors import CacheFullError, InputError
-from llmopt.compiler.ops import attend, kv_write
-from llmopt.compiler.program import StateSpec
-from llmopt.runtime.engine import Engine, SamplingParams
-from llmopt.runtime.kv_cache import KVCache
-from llmopt.runtime.sampler import SampleRows, sample
-
-VOCAB, CONTEXT, PAGE = 61, 64, 4
-LAYERS, HEADS, KV_HEADS, WIDTH = 2, 4, 2, 5
-SCALE = WIDTH**-0.5
-WARM = SamplingParams(max_new_tokens=12, temperature=1.1, top_k=30, top_p=0.95, seed=7)
-
-
-@memoize
-def weights():
-    generator = torch.Generator().manual_seed(0)
-    dim = HEADS * WIDTH
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) * shape[0] ** -0.5
-
-    layers = [
-        (
-            draw(dim, dim),
-            draw(dim, KV_HEADS * WIDTH),
-            draw(dim, KV_HEADS * WIDTH),
-            draw(dim, dim),
-            draw(dim, dim),
-        )
-        for _ in range(LAYERS)
-    ]
-    return draw(VOCAB, dim) * 9, draw(CONTEXT, dim) * 9, layers, draw(dim, VOCAB) * 3
-
-
-def toy(ids, positions, attention):
-    """Logits [1, N, VOCAB] of the toy model; attention(layer, q, k, v) is the caller's."""
-    embedding, places, layers, head = weights()
-    x = embedding[ids] + places[positions]
-    for index, (wq, wk, wv, wo, wm) in enumerate(layers):
-        q, k, v = (
-            (x @ w).unflatten(-1, (heads, WIDTH)).transpose(1, 2)
-            for w, heads in ((wq, HEADS), (wk, KV_HEADS), (wv, KV_HEADS))
-        )
-        x = x + attention(index, q, k, v).transpose(1, 2).flatten(2) @ wo
-        x = x + silu(x @ wm)
-    return x @ head
-
-
-def plain_logits(tokens):
-    """Logits [N, VOCAB] of one whole sequence, with PyTorch's attention."""
-    ids = torch.tensor([tokens])
-
-    def attention(_, q, k, v):
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    return toy(ids, torch.arange(len(tokens))[None], attention)[0]
-
-
-@memoize
-def alone(prompt, params, sequence=0, eos=()):
-    """The tokens this prompt gets by running the whole sequence anew for every token."""
-    tokens, rows = list(prompt), SampleRows.of([params], [sequence])
-    while len(tokens) < min(len(prompt) + params.max_new_tokens, CONTEXT):
-        logits = plain_logits(tokens)[-1:]
-        tokens.append(int(sample(logits, rows, torch.tensor([len(tokens)]))))
-        if tokens[-1] in (*eos, *params.stop_token_ids):
-            break
-    return tokens[len(prompt) :]
-
-
-class ToyStep:
-    """The toy model over pages; remembers how large its steps were, and the logits of every one."""
-
-    def __init__(self, cache):
-        self.cache, self.sizes, self.logits, self.addresses = cache, [], [], []
-
-    def __call__(self, input_ids, position_ids, slots, seq_ids, block_tables, rows):
-        n = input_ids.shape[1]
-        assert input_ids.shape == position_ids.shape == (1, n)
-        assert slots.shape == seq_ids.shape == (n,)
-        assert {t.dtype for t in (input_ids, position_ids, slots, seq_ids, block_tables, rows)} == {torch.int64}
-        where = block_tables[seq_ids, position_ids[0] // PAGE] * PAGE + position_ids[0] % PAGE
-        assert torch.equal(where, slots)
-        assert (slots >= PAGE).all(), "the scratch page was written"
-        state = self.cache.tensors
-
-        def attention(layer, q, k, v):
-            state[f"k{layer}"] = kv_write(state[f"k{layer}"], k, slots)
-            state[f"v{layer}"] = kv_write(state[f"v{layer}"], v, slots)
-            pages = state[f"k{layer}"], state[f"v{layer}"]
-            return attend(q, *pages, block_tables, seq_ids, position_ids, None, SCALE, 0, 0.0)
-
-        logits = toy(input_ids, position_ids, attention)[0, rows]
-        self.sizes.append(n)
-        self.logits.append(logits)
-        self.addresses.append(input_ids.data_ptr())
-        return logits
-
-
-def make_engine(*, eos=(), initial_pages=4, max_pages=None, **options):
-    specs = [StateSpec(f"{s}{i}", (KV_HEADS, PAGE, WIDTH), torch.float64) for s in "kv" for i in range(LAYERS)]
-    cache = KVCache(specs, page_size=PAGE, initial_pages=initial_pages, max_pages=max_pages)
-    step = ToyStep(cache)
-    engine = Engine(step, cache, vocab_size=VOCAB, context_length=CONTEXT, eos_token_ids=eos, **options)
-    return engine, step
-
-
-def drain(engine):
-    """All events until nothing is left, by handle."""
-    found = {}
-    while engine.unfinished:
-        for event in engine.step():
-            found.setdefault(event.handle, []).append(event)
-    return found
-
-
-def tokens_of(events):
-    return [e.token for e in events]
-
-
-def is_empty(engine):
-    return engine.unfinished == 0 and engine.cache.free_pages == engine.cache.num_pages - 1
-
-
-def prompts_of(*lengths):
-    generator = torch.Generator().manual_seed(sum(lengths))
-    return [tuple(torch.randint(VOCAB, (n,), generator=generator).tolist()) for n in lengths]
-
-
-RAGGED = prompts_of(1, 19, 4, 2, 33, 8, 5)
+from llmopt.runtime.engine import SamplingParams
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 7, 16, 18, 19, 20, 500])
@@ -401,101 +279,3 @@ def test_unusable_engines_and_sequence_numbers_are_refused():
     engine, _ = make_engine()
     with pytest.raises(InputError, match=r"the prompt has sequence number -1; wanted one in \[0, 2\*\*32\)"):
         engine.submit([1], sequence=-1)
-
-
-def test_tokens_are_those_of_transformers_generate():
-    """Transformers' forward behind the engine, without pages, against its generate, end tokens and all."""
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.3,
-        bos_token_id=1, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).double().eval()
-    history: dict[tuple[int, int], int] = {}
-
-    def step(input_ids, position_ids, slots, seq_ids, block_tables, rows):
-        places = list(zip(seq_ids.tolist(), position_ids[0].tolist(), strict=True))
-        history.update(zip(places, input_ids[0].tolist(), strict=True))
-        texts = [[history[places[r][0], at] for at in range(places[r][1] + 1)] for r in rows.tolist()]
-        return torch.cat([model(torch.tensor([text])).logits[:, -1] for text in texts])
-
-    def theirs(prompt, eos):
-        ids = torch.tensor([prompt])
-        # without a mask, pad tokens inside of a prompt would be masked
-        mask = torch.ones_like(ids)
-        made = model.generate(ids, attention_mask=mask, max_new_tokens=14, do_sample=False, eos_token_id=eos)
-        return made[0, len(prompt) :].tolist()
-
-    free = [theirs(p, None) for p in RAGGED]
-    eos = [free[1][4], free[4][7]]
-    wanted = [theirs(p, eos) for p in RAGGED]
-    assert len({len(w) for w in wanted}) > 1, "no sequence ends early: choose other end tokens"
-    cache = KVCache([StateSpec("unused", (1, PAGE, 1), torch.int8)], page_size=PAGE)
-    engine = Engine(
-        step,
-        cache,
-        vocab_size=VOCAB,
-        context_length=CONTEXT,
-        eos_token_ids=tuple(eos),
-        chunk_size=6,
-        max_batch=3,
-    )
-    assert engine.generate(RAGGED, SamplingParams(max_new_tokens=14)) == wanted
-
-
-class Schedules(RuleBasedStateMachine):
-    """Random submits, steps and cancels in a small pool; nothing leaks and nobody's tokens change."""
-
-    def __init__(self):
-        super().__init__()
-        self.engine, self.step_fn = make_engine(max_pages=13, chunk_size=5, max_batch=3, eos=(7,))
-        self.wanted: dict[int, list[int]] = {}
-        self.got: dict[int, list[int]] = {}
-        self.cancelled: set[int] = set()
-
-    @rule(which=st.integers(0, len(RAGGED) - 1), warm=st.booleans(), sequence=st.integers(0, 2))
-    def submit(self, which, warm, sequence):
-        params = WARM if warm else SamplingParams(max_new_tokens=7)
-        handle = self.engine.submit(RAGGED[which], params, sequence)
-        self.wanted[handle] = alone(RAGGED[which], params, sequence, (7,))
-        self.got[handle] = []
-
-    @rule(times=st.integers(1, 6))
-    def step(self, times):
-        for _ in range(times):
-            for event in self.engine.step():
-                self.got[event.handle].append(event.token)
-                if event.finished:
-                    assert self.got[event.handle] == self.wanted[event.handle]
-
-    @precondition(lambda self: self.got)
-    @rule(data=st.data())
-    def cancel(self, data):
-        handle = data.draw(st.sampled_from(sorted(self.got)))
-        self.engine.cancel(handle)
-        self.cancelled.add(handle)
-
-    @invariant()
-    def no_page_leaks_or_is_shared(self):
-        cache = self.engine.cache
-        running = [s for s in self.engine._live.values() if s.row >= 0]
-        held = [page for s in running for page in cache.pages(s.row)]
-        assert len(set(held)) == len(held)
-        assert 0 not in held
-        assert len(held) + cache.free_pages == cache.num_pages - 1
-        for handle, tokens in self.got.items():
-            assert tokens == self.wanted[handle][: len(tokens)]
-
-    def teardown(self):
-        while self.engine.unfinished:
-            before = len(self.step_fn.sizes)
-            self.step(1)
-            assert len(self.step_fn.sizes) == before + 1, "a step with work to do ran nothing"
-        assert is_empty(self.engine)
-        for handle in set(self.got) - self.cancelled:
-            assert self.got[handle] == self.wanted[handle]
-
-
-TestSchedules = Schedules.TestCase
-TestSchedules.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
