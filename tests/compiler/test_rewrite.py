@@ -165,6 +165,16 @@ def test_literals_by_value_and_by_type():
     assert {n for n, _ in bindings(graph, aten.add.Tensor(Var("x"), Const("c", bool)))} == {add}
 
 
+def test_equal_literals_of_different_types_are_told_apart():
+    s = Sketch()
+    x = s.input("x")
+    values = (1, 1.0, True)
+    graph = s.done(*(s(A.add.Tensor, x, v) for v in values))
+    one, real, true = graph.outputs()
+    for kind, wanted in ((int, {one}), (float, {one, real}), (bool, {true})):
+        assert {n for n, _ in bindings(graph, aten.add.Tensor(Var("x"), Const("c", kind)))} == wanted
+
+
 def test_where_narrows_a_variable_and_picks_the_order():
     s = Sketch()
     x, w = s.input("x"), s.input("w")
@@ -230,9 +240,7 @@ def test_alternatives_of_targets_and_of_patterns():
         s(A.sqrt.default, x),
     )
     view, reshape, wide, narrow, root = graph.outputs()
-    assert {
-        n for n, _ in bindings(graph, call((aten.view.default, aten.reshape.default), Var("x"), Var("s")))
-    } == {
+    assert {n for n, _ in bindings(graph, call((aten.view.default, aten.reshape.default), Var("x"), Var("s")))} == {
         view,
         reshape,
     }
@@ -319,9 +327,7 @@ class Norm(Rule):
         return b.ir.rms_norm(m["x"], None, m["eps"])
 
 
-def norm(
-    s: Sketch, x: fx.Node, exponent: int = 2, root=A.rsqrt.default, other: fx.Node | None = None
-) -> fx.Node:
+def norm(s: Sketch, x: fx.Node, exponent: int = 2, root=A.rsqrt.default, other: fx.Node | None = None) -> fx.Node:
     mean = s(A.mean.dim, s(A.pow.Tensor_Scalar, x, exponent), [-1], True)
     return s(A.mul.Tensor, other or x, s(root, s(A.add.Tensor, mean, 1e-6)))
 
@@ -331,8 +337,7 @@ def test_near_miss_names_the_op_and_its_place():
     graph = s.done(norm(s, s.input("x"), root=A.sqrt.default))
     stats = apply_rules(graph, [Norm()])
     assert str(stats.near_misses["norm"]) == (
-        "norm: 1 of 5 pattern nodes fit at %sqrt_default (layers.0 model.py:4): "
-        "expected aten.rsqrt, saw aten.sqrt"
+        "norm: 1 of 5 pattern nodes fit at %sqrt_default (layers.0 model.py:4): expected aten.rsqrt, saw aten.sqrt"
     )
 
 
@@ -473,9 +478,7 @@ def test_builder_reads_weights_and_takes_schema_keywords():
 def test_an_existing_node_or_a_literal_may_be_the_replacement():
     s = Sketch()
     x = s.input("x")
-    graph = s.done(
-        s(A.neg.default, s(A.neg.default, x)), s(A.cat.default, [s(A.neg.default, s(A.neg.default, x))])
-    )
+    graph = s.done(s(A.neg.default, s(A.neg.default, x)), s(A.cat.default, [s(A.neg.default, s(A.neg.default, x))]))
     twice = rule_of(aten.neg.default(aten.neg.default(Var("x"))), lambda b, m: m["x"])
     assert apply_rules(graph, [twice]).rewritten == 2
     assert graph.outputs()[0] is x
@@ -517,6 +520,16 @@ def test_fixpoint_a_rewrite_enables_one_above_it():
     assert [r.rule for r in stats.log] == ["silu", "swiglu"]
 
 
+def test_fixpoint_reaches_any_height_above_a_rewrite():
+    s = Sketch()
+    graph = s.done(s(A.neg.default, s(A.exp.default, s(A.abs.default, s(A.sin.default, s.input("x"))))))
+    pattern = aten.neg.default(aten.exp.default(aten.abs.default(aten.cos.default(Var("x")))))
+    high = rule_of(pattern, lambda b, m: b.aten.tanh.default(m["x"]), name="high")
+    low = rule_of(aten.sin.default(Var("x")), lambda b, m: b.aten.cos.default(m["x"]), name="low")
+    assert [r.rule for r in apply_rules(graph, [high, low]).log] == ["low", "high"]
+    assert targets(graph) == ["tanh"]
+
+
 @pytest.mark.parametrize("mul_first", [False, True])
 def test_fixpoint_a_rewrite_elsewhere_lets_a_rejected_match_through(mul_first):
     s = Sketch()
@@ -529,9 +542,7 @@ def test_fixpoint_a_rewrite_elsewhere_lets_a_rejected_match_through(mul_first):
     )
     graph = s.done(product, other_user)
     swiglu = type("Made", (SwiGLU,), {"exclusive": True})()
-    other = rule_of(
-        aten.neg.default(aten.silu.default(Var("x"))), lambda b, m: b.aten.cos.default(m["x"]), name="o"
-    )
+    other = rule_of(aten.neg.default(aten.silu.default(Var("x"))), lambda b, m: b.aten.cos.default(m["x"]), name="o")
     # when the mul comes last it is visited first, turned down, and has to be tried again
     stats = apply_rules(graph, [swiglu, other])
     assert sorted(targets(graph)) == ["cos", "gated"]
@@ -614,9 +625,7 @@ def test_roots_that_depend_on_each_other_are_left_alone():
     first = s(A.linear.default, x, s.input("w"))
     graph = s.done(s(A.linear.default, x, s(A.exp.default, first)))
     pattern = (aten.linear.default(Var("x"), Var("a")), aten.linear.default(Var("x"), Var("b")))
-    rule = rule_of(
-        pattern, lambda b, m: (b.aten.add.Tensor(m["a"], m["b"]), b.aten.sub.Tensor(m["a"], m["b"]))
-    )
+    rule = rule_of(pattern, lambda b, m: (b.aten.add.Tensor(m["a"], m["b"]), b.aten.sub.Tensor(m["a"], m["b"])))
     before = graph.print()
     stats = apply_rules(graph, [rule])
     assert graph.print() == before
@@ -677,6 +686,37 @@ def test_a_broken_rewrite_leaves_the_graph_as_it_was(rewrite_fn, message):
     graph.fx.lint()
 
 
+def test_moved_nodes_are_put_back():
+    s = Sketch()
+    x, w = s.input("x"), s.input("w", 6, 4)
+    broken_at = s(A.exp.default, x)
+    first = s(A.linear.default, x, w)
+    late = s(A.abs.default, s(A.neg.default, w))
+    graph = s.done(broken_at, first, s(A.linear.default, x, late))
+    pattern = (aten.linear.default(Var("x"), Var("a")), aten.linear.default(Var("x"), Var("b")))
+    pair = rule_of(
+        pattern,
+        lambda b, m: (b.aten.matmul.default(m["x"], b.aten.t.default(m["b"])), b.aten.mm.default(m["x"], m["b"])),
+        changes_type=True,
+    )
+    swap = rule_of(
+        pattern,
+        lambda b, m: tuple(b.aten.matmul.default(m["x"], b.aten.t.default(m[v])) for v in "ab"),
+        name="swap",
+    )
+    before, order = graph.print(), list(graph.fx.nodes)
+    kept = graph.copy()
+    assert apply_rules(kept, [swap]).rewritten == 1
+    kept.fx.lint()
+    assert targets(kept)[:4] == ["exp", "neg", "abs", "t"]
+    for rules in ([swap, rule_of(aten.exp.default(Var("x")), boom)], [pair]):
+        with pytest.raises(RewriteError):
+            apply_rules(graph, rules)
+        assert graph.print() == before
+        assert list(graph.fx.nodes) == order
+        graph.fx.lint()
+
+
 def test_a_check_that_raises_is_an_error_with_its_place():
     s = Sketch()
     graph = s.done(s(A.exp.default, s.input("x")))
@@ -721,9 +761,7 @@ def late_misses() -> list[Rule]:
             mean = aten.mean.dim(aten.pow.Tensor_Scalar(x, 3), [-1], True)
             return aten.mul.Tensor(x, aten.rsqrt.default(aten.add.Tensor(mean, eps)))
 
-    residual = aten.add.Tensor(
-        Var("x"), aten.cos.default(aten.mul.Tensor(aten.silu.default(Var("g")), Var("u")))
-    )
+    residual = aten.add.Tensor(Var("x"), aten.cos.default(aten.mul.Tensor(aten.silu.default(Var("g")), Var("u"))))
     return [Cubic(), rule_of(aten.neg.default(residual), None)]
 
 
