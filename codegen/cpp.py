@@ -65,13 +65,14 @@ def _kv_write_fake(pages: Tensor, x: Tensor, slots: Tensor) -> None:
     return None
 
 
-def _dtype_reason(*tensors: Tensor | None) -> str | None:
+def _dtype_reason(*tensors: Tensor | None, allowed: tuple[torch.dtype, ...] = DTYPES) -> str | None:
     given = [t for t in tensors if t is not None]
     if any(t.device.type != "cpu" for t in given):
         return f"needs tensors on the cpu, got {given[0].device}"
     dtypes = {t.dtype for t in given}
-    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
-        return f"needs one of float32, bfloat16, float16 throughout, got {', '.join(sorted(map(str, dtypes)))}"
+    if len(dtypes) > 1 or not dtypes <= set(allowed):
+        seen, wanted = (", ".join(sorted(str(d).removeprefix("torch.") for d in ds)) for ds in (dtypes, allowed))
+        return f"needs one of {wanted} throughout, got {seen}"
     return None
 
 
@@ -84,7 +85,7 @@ def _attend_supports(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: object)
 
 
 def _kv_write_supports(pages: Tensor, x: Tensor, slots: Tensor) -> str | None:
-    return _dtype_reason(pages, x)
+    return _dtype_reason(pages, x, allowed=(*DTYPES, torch.float64))
 
 
 @linear.provider("cpp", needs={"cpp"}, supports=_linear_supports)

@@ -114,8 +114,8 @@ def _one_line(error: BaseException) -> str:
 def _selection(graph: fx.GraphModule) -> str:
     """A region that only passes inputs on."""
     places = {node: i for i, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
-    (result,) = graph.graph.output_node().args
-    picked = ", ".join(f"args[{places[r]}]" for r in result) + ","
+    results = graph.graph.output_node().all_input_nodes
+    picked = "".join(f"args[{places[r]}], " for r in results)
     return f"def call(args):\n    out = ({picked})\n    args.clear()\n    return out\n"
 
 

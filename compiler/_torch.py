@@ -112,8 +112,9 @@ def inductor_source(
     known = {key: value for key, value in options.items() if _has(config, key)}
     with config.patch(known), mock.patch.object(AsyncCompile, "cpp_pybinding", record):
         compiled = compile_fx_inner(graph, inputs)
-    if getattr(compiled, "constants", None):
-        raise ValueError(f"the graph holds tensor constants ({', '.join(compiled.constants)})")
+    constants = getattr(compiled, "constants", None)
+    if constants:
+        raise ValueError(f"the graph holds tensor constants ({', '.join(constants)})")
     return graph, getattr(compiled, "source_code", None), kernels
 
 
@@ -156,4 +157,4 @@ def inductor_build(source: str, name: str, folder: str, options: dict[str, Any])
 
 def tensor_data_address() -> int:
     """Address of the C function that takes a Python tensor to its data, for the bindings of compiled kernels."""
-    return int(torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr)
+    return int(torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr)  # type: ignore[attr-defined]
