@@ -80,6 +80,7 @@ class Context:
     recipe: Recipe
     rewrites_left: int | None = None
     strict: bool = True  # False for graphs that are only part of a model: what cannot be raised stays as it is
+    fold_weights: bool = True  # False where weights may change later: nothing is computed from them ahead of time
 
     def spend(self, rewrites: int) -> None:
         """Count rewrites against the allowance."""

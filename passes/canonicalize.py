@@ -43,8 +43,9 @@ class Canonicalize(Pass):
         stats = PassStats()
         for graph in program.graphs.values():
             simplify(graph)
-            fold_constants(graph, program, stats)
-            if self.merge_linears:
+            if context.fold_weights:
+                fold_constants(graph, program, stats)
+            if context.fold_weights and self.merge_linears:
                 merge_linears(graph, program, stats, context)
             simplify(graph)
         return stats

@@ -290,8 +290,10 @@ class RaiseAten(Pass):
             simplify(graph)
             rules = [
                 RmsNorm(), ShiftedRmsNorm(), LateRmsNorm(), FusedRmsNorm(), Rope(), PartialRope(), Gated(), Softcap(),
-                Linear(), TransposedLinear(program), *attention_rules(graph, program),
+                Linear(), *attention_rules(graph, program),
             ]  # fmt: skip
+            if context.fold_weights:
+                rules.append(TransposedLinear(program))
             stats = apply_rules(graph, rules, limit=context.rewrites_left)
             context.spend(stats.rewritten)
             total.add(stats)
