@@ -52,8 +52,10 @@ def compile(  # noqa: A001
 def load(path: str | os.PathLike[str]) -> CompiledModel:
     """Load an artifact that `CompiledModel.save` or `llmopt compile` wrote; nothing is compiled.
 
-    Raises `llmopt.compiler.errors.ArtifactError` (damaged, too new, built for another target).
+    Every file is checked against its hash first; only load artifacts you trust, as their compiled code is run. Raises
+    `llmopt.compiler.errors.ArtifactError` (none, damaged, too new) or `TargetError` (built for another machine).
     """
-    from llmopt.runtime.artifact import load as load_artifact
+    from llmopt.model import CompiledModel
+    from llmopt.runtime.artifact import load as load_parts
 
-    return load_artifact(Path(path))
+    return CompiledModel(*load_parts(Path(path)))

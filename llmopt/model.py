@@ -39,12 +39,12 @@ class CompiledModel:
         self.regions = regions
         self.weights: dict[str, Tensor] = read_weights(program)
         self.cache = KVCache(program.state, page_size=recipe.page_size, max_bytes=cache_bytes)
-        self._step = Executor(program.graph("step"), self.weights, _Current(self.cache), regions)
+        self.step = Executor(program.graph("step"), self.weights, _Current(self.cache), regions)
         self._forward: Executor | None = None
         facts = program.facts
         low, high = recipe.dims.sequences
         self.engine = Engine(
-            self._step,
+            self.step,
             self.cache,
             vocab_size=facts.vocab_size,
             context_length=facts.context_length,
@@ -135,10 +135,16 @@ class CompiledModel:
         return program_text(self.program, provenance)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write an artifact folder; see `llmopt.runtime.artifact.save`."""
-        from llmopt.runtime.artifact import save
+        """Write an artifact folder, which `llmopt.load` reads; regions not compiled yet are compiled now.
 
-        return save(self.program, self.recipe, self.target, self.report, self.regions, Path(path), self.weights)
+        Raises ArtifactError: the path holds something else than an artifact, the disk is full, no permission. An older
+        artifact at the path is whole until the new one is.
+        """
+        from llmopt import __version__
+        from llmopt.runtime.artifact import Parts, save
+
+        parts = Parts(self.program, self.recipe, self.target, self.report, self.regions)
+        return save(parts, Path(path), self.weights, __version__)
 
 
 class _Current(dict[str, Tensor]):

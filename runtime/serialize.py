@@ -1,0 +1,344 @@
+"""Graphs as plain JSON data and back: nodes, arguments, types with named sizes, origins, choices of provider.
+
+Reading a graph runs nothing that the data names: targets come from the dialect's own ops and a short list of builtins,
+sizes are arithmetic on declared names, and whatever later becomes part of generated source (names of nodes, regions and
+keywords) has to be an identifier. A graph read back prints as the one written.
+"""
+
+from __future__ import annotations
+
+import ast
+import keyword
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import llmopt.compiler.ops  # noqa: F401 - declares the ops that graphs may call
+from llmopt.compiler import plain
+from llmopt.compiler._torch import OpOverload, fake_mode, fake_tensor
+from llmopt.compiler.errors import ArtifactError, did_you_mean
+from llmopt.compiler.graph import Graph, Origin, origin, where
+from llmopt.compiler.op import NAMESPACE, OPS, op_of
+from llmopt.compiler.propagate import Symbols
+from llmopt.compiler.verify import in_dialect
+
+Data = dict[str, Any]
+
+# what a node may call besides overloads: picking from tuples, and arithmetic on sizes
+BUILTINS: dict[str, Callable[..., Any]] = {
+    **{f"operator.{f.__name__}": f for f in (operator.getitem, operator.add, operator.sub, operator.mul)},
+    **{f"operator.{f.__name__}": f for f in (operator.floordiv, operator.truediv, operator.mod, operator.neg)},
+    **{f"operator.{f.__name__}": f for f in (operator.eq, operator.ne, operator.lt, operator.le, operator.gt)},
+    "operator.ge": operator.ge,
+    "operator.pow": operator.pow,
+    "torch.sym_max": torch.sym_max,
+    "torch.sym_min": torch.sym_min,
+    "torch.sym_int": torch.sym_int,
+    "torch.sym_float": torch.sym_float,
+}
+_BUILTIN_NAMES = {f: name for name, f in BUILTINS.items()}
+_CALLS = ("call_function", "call_module")
+_MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, SyntaxError, RecursionError, ArithmeticError)
+
+
+def graphs_to_data(graphs: Mapping[str, Graph]) -> dict[str, Data]:
+    """JSON data of each graph. Raises ArtifactError for what has no such form."""
+    owners: dict[int, str] = {}  # of symbols that several graphs share
+    made: dict[str, Data] = {}
+    for name, graph in graphs.items():
+        owner = owners.setdefault(id(graph.symbols), name)
+        made[name] = _Writer(graph).data(None if owner == name or graph.symbols is None else owner)
+    return made
+
+
+def graphs_from_data(data: Mapping[str, Data], place: Callable[[str], str] = str) -> dict[str, Graph]:
+    """The graphs of `graphs_to_data`'s form, in its order; `place(name)` says in messages where a graph stands."""
+    made: dict[str, Graph] = {}
+    for name, entry in data.items():
+        _check_identifier(name, place(name))
+        try:
+            made[name] = _Reader(name, entry, made, frozenset(data), place(name)).graph()
+        except _MALFORMED as error:
+            raise ArtifactError(
+                f"{place(name)}: malformed graph ({type(error).__name__}: {' '.join(str(error).split())}); "
+                "wanted the form `save` writes: save the artifact again"
+            ) from error
+    return made
+
+
+def target_to_text(target: Any) -> str | None:
+    """`llmopt::linear.default`, `operator.getitem`; None for what an artifact may not call."""
+    if isinstance(target, OpOverload):
+        legal = target.namespace in ("aten", NAMESPACE) and in_dialect(target) and not target._schema.is_mutable
+        return f"{target._schema.name}.{target._schema.overload_name or 'default'}" if legal else None
+    return _BUILTIN_NAMES.get(target)
+
+
+def target_from_text(text: str, place: str) -> Callable[..., Any]:
+    """The op or builtin of this name. ArtifactError: it is outside the dialect, or of a newer llmopt."""
+    if text in BUILTINS:
+        return BUILTINS[text]
+    match = re.fullmatch(r"(\w+)::([A-Za-z_]\w*)\.(\w+)", text)
+    space, name, overload = match.groups() if match else ("", "", "")
+    if space == NAMESPACE and name not in OPS:
+        raise ArtifactError(
+            f"{place} calls {text!r}, an op this llmopt does not know; {did_you_mean(name, OPS)} Upgrade llmopt, or save "
+            "the artifact again with this version"
+        )
+    packet = getattr(torch.ops.aten if space == "aten" else torch.ops.llmopt, name, None) if match else None
+    found = getattr(packet, overload, None)
+    if target_to_text(found) != text:
+        raise ArtifactError(
+            f"{place} calls {text!r}; wanted an llmopt op, an aten op of the dialect, or one of {', '.join(BUILTINS)}; "
+            "nothing else is run from an artifact: save it again"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+class _Writer:
+    """Turns one graph into data; equal types are written once."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.names = {} if graph.symbols is None else {str(v): k for k, v in graph.symbols.sizes.items()}
+        self.types: dict[str, int] = {}
+        self.listed: list[Any] = []
+        self.node: fx.Node | None = None
+
+    def data(self, owner: str | None) -> Data:
+        nodes = [self._node(n) for n in self.graph.fx.nodes]
+        return {"symbols": self._symbols(owner), "types": self.listed, "nodes": nodes}
+
+    def _symbols(self, owner: str | None) -> Data | None:
+        symbols = self.graph.symbols
+        if symbols is None:
+            return None
+        return {"of": owner} if owner else {"sizes": {k: str(v) for k, v in symbols.sizes.items()}}
+
+    def fail(self, what: str) -> ArtifactError:
+        at = where(self.node) if self.node is not None else ""
+        return ArtifactError(
+            f"graph {self.graph.name}, {at}: {what} cannot be stored in an artifact; wanted plain values, ops of the dialect "
+            "and sizes made of named ones: take the pass that makes it out of the recipe"
+        )
+
+    def _node(self, node: fx.Node) -> Data:
+        self.node = node
+        target = str(node.target)
+        if node.op == "call_function":
+            text = target_to_text(node.target)
+            if text is None:
+                raise self.fail(f"a call of {node.target}")
+            target = text
+        made: Data = {"op": node.op, "name": node.name, "target": target, "args": [self._value(a) for a in node.args]}
+        if node.kwargs:
+            made["kwargs"] = {k: self._value(v) for k, v in node.kwargs.items()}
+        if "val" in node.meta:
+            made["type"] = self._type(node.meta["val"])
+        if "origin" in node.meta:
+            o = origin(node)
+            made["origin"] = [o.source, o.module, list(o.rules)]
+        meta = {k: v for k, v in node.meta.items() if k not in ("val", "origin")}
+        if not all(map(plain.is_plain, meta.values())):
+            raise self.fail(f"meta {meta}")
+        return made | ({"meta": meta} if meta else {})
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return {"node": value.name}
+        if isinstance(value, float) and not abs(value) < float("inf"):
+            return {"float": repr(value)}
+        if isinstance(value, (bool, int, float, str, type(None))):
+            return value
+        if isinstance(value, (list, tuple)):
+            items = [self._value(v) for v in value]
+            return {"tuple": items} if isinstance(value, tuple) else items
+        for kind in _CONSTANTS:
+            if isinstance(value, kind):
+                return {kind.__name__: str(value).removeprefix("torch.")}
+        raise self.fail(f"argument {value!r} of type {type(value).__name__}")
+
+    def _type(self, value: Any) -> int:
+        """The number of the type in the graph's list."""
+        described = self._described(value)
+        key = repr(described)
+        if key not in self.types:
+            self.types[key] = len(self.listed)
+            self.listed.append(described)
+        return self.types[key]
+
+    def _described(self, value: Any) -> Data:
+        if isinstance(value, Tensor):
+            shape, stride = ([self._size(s) for s in sizes] for sizes in (value.shape, value.stride()))
+            return {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape, "stride": stride}
+        if isinstance(value, torch.SymInt):
+            return {"size": self._size(value)}
+        if isinstance(value, (list, tuple)):
+            kind = "tuple" if isinstance(value, tuple) else "list"
+            return {kind: [self._described(v) for v in value]}
+        if not plain.is_plain(value):
+            raise self.fail(f"a value of type {type(value).__name__}")
+        return {"value": value}
+
+    def _size(self, size: Any) -> int | str:
+        text = re.sub(r"\b[a-z]+\d+\b", lambda m: self.names.get(m.group(), m.group()), str(size))
+        try:
+            if not isinstance(size, int):
+                _evaluate(text, dict.fromkeys(self.names.values(), 2))
+        except _MALFORMED as error:
+            raise self.fail(f"size {size}") from error
+        return size if isinstance(size, int) else text
+
+
+_CONSTANTS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+class _Reader:
+    """Builds one graph from data."""
+
+    def __init__(self, name: str, data: Data, made: Mapping[str, Graph], known: frozenset[str], place: str) -> None:
+        self.name, self.data, self.made, self.known, self.place = name, data, made, known, place
+        self.fx = fx.Graph()
+        self.env: dict[str, fx.Node] = {}
+        self.symbols, self.owns = self._read_symbols(data["symbols"])
+        self.mode = fake_mode() if self.symbols is None else self.symbols.mode
+        self.sizes = {} if self.symbols is None else self.symbols.sizes
+
+    def graph(self) -> Graph:
+        with self.mode:
+            types = [self._value_of(t) for t in self.data["types"]]
+        for entry in self.data["nodes"]:
+            self._node(entry, types)
+        self.fx.output_node()
+        if self.symbols is not None and self.owns:
+            inputs = [n for n in self.fx.nodes if n.op == "placeholder"]
+            self.symbols.inputs.update({n.name: n.meta["val"] for n in inputs if "val" in n.meta})
+        return Graph(self.name, self.fx, self.symbols)
+
+    def _read_symbols(self, data: Data | None) -> tuple[Symbols | None, bool]:
+        if data is None:
+            return None, True
+        if "of" in data:
+            return self.made[data["of"]].symbols, False
+        texts = {_check_identifier(name, self.place): str(text) for name, text in data["sizes"].items()}
+        free = [name for name, text in texts.items() if not text.isdigit()]
+        symbols = Symbols(fake_mode(), {}, {})
+        pool: dict[str, Any] = {}
+        fake_tensor(symbols.mode, [str(i) for i in range(len(free))], torch.int64, pool)
+        # sums and products print their symbols in order of their numbers: keep that order
+        given = dict(zip(sorted(free, key=texts.__getitem__), sorted(pool.values(), key=str), strict=True))
+        symbols.sizes.update({name: given.get(name, text) for name, text in texts.items()})
+        symbols.sizes.update({name: int(text) for name, text in texts.items() if name not in given})
+        return symbols, True
+
+    def _value_of(self, data: Data) -> Any:
+        """The fake value a type describes."""
+        if "dtype" in data:
+            shape, stride = ([self._size(s) for s in data[key]] for key in ("shape", "stride"))
+            return torch.empty_strided(shape, stride, dtype=_constant(torch.dtype, data["dtype"]))
+        if "size" in data:
+            return self._size(data["size"])
+        for kind in (list, tuple):
+            if kind.__name__ in data:
+                return kind(self._value_of(d) for d in data[kind.__name__])
+        return data["value"]
+
+    def _size(self, size: int | str) -> Any:
+        return size if isinstance(size, int) else _evaluate(size, self.sizes)
+
+    def _node(self, entry: Data, types: list[Any]) -> None:
+        kind, name, target = entry["op"], _check_identifier(entry["name"], self.place), entry["target"]
+        if kind not in ("placeholder", "get_attr", "output", *_CALLS) or not isinstance(target, str):
+            raise ValueError(f"node {name} is a {kind!r} of {target!r}")
+        if kind == "call_module" and target not in self.known:
+            raise ValueError(f"node {name} calls region {target!r}, which is not in the artifact")
+        called: Any = target_from_text(target, f"{self.place}: node %{name}") if kind == "call_function" else target
+        args = tuple(self._argument(a) for a in entry["args"])
+        kwargs = {_check_identifier(k, self.place): self._argument(v) for k, v in entry.get("kwargs", {}).items()}
+        node = self.fx.create_node(kind, called, args, kwargs, name=name)
+        if node.name != name:
+            raise ValueError(f"node name {name!r} stands twice or is reserved")
+        self.env[name] = node
+        if "type" in entry:
+            node.meta["val"] = types[entry["type"]]
+        if "origin" in entry:
+            source, module, rules = entry["origin"]
+            node.meta["origin"] = Origin(source, module, tuple(rules))
+        node.meta.update(entry.get("meta", {}))
+        self._check_provider(node)
+
+    def _check_provider(self, node: fx.Node) -> None:
+        provider, op = node.meta.get("provider"), op_of(node.target)
+        if provider is None or op is None or provider == "inductor" or provider in op.providers:
+            return
+        raise ArtifactError(
+            f"{self.place}: node %{node.name} wants provider {provider!r} of {op.name}, which this llmopt does not have; "
+            f"{did_you_mean(str(provider), op.providers)} Upgrade llmopt, or save the artifact again with this version"
+        )
+
+    def _argument(self, data: Any) -> Any:
+        if isinstance(data, list):
+            return [self._argument(d) for d in data]
+        if not isinstance(data, dict):
+            return data
+        ((kind, inner),) = data.items()
+        if kind == "node":
+            return self.env[inner]
+        if kind == "tuple":
+            return tuple(self._argument(d) for d in inner)
+        if kind == "float":
+            return float(inner)
+        return _constant({c.__name__: c for c in _CONSTANTS}[kind], inner)
+
+
+def _constant(kind: type, text: str) -> Any:
+    """`torch.float32` from its name, `torch.device` from its text."""
+    found = torch.device(text) if kind is torch.device else getattr(torch, text)
+    if not isinstance(found, kind):
+        raise ValueError(f"{text!r} is no {kind.__name__}")
+    return found
+
+
+def _check_identifier(name: str, place: str) -> str:
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise ArtifactError(f"{place}: the name {name!r} is no identifier; wanted one, such as `linear_1`: save it again")
+    return name
+
+
+_ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}  # fmt: skip
+_FUNCTIONS = {"Mod": operator.mod, "PythonMod": operator.mod, "Max": torch.sym_max, "Min": torch.sym_min}
+
+
+def _evaluate(text: str, sizes: Mapping[str, Any]) -> Any:
+    """`64*N`, `N//2`, `Mod(N, 8)`: arithmetic on whole numbers and the sizes' names, nothing else."""
+
+    def value(node: ast.expr) -> Any:
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.Name):
+            return sizes[node.id]
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+            return _ARITHMETIC[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+            return _power(value(node.left), value(node.right))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+            left, right = map(value, node.args)
+            return _FUNCTIONS[node.func.id](left, right)
+        raise ValueError(f"size {text!r} is no arithmetic on {', '.join(sizes) or 'numbers'}")
+
+    return value(ast.parse(text, mode="eval").body)
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if exponent not in (2, 3, 4):
+        raise ValueError(f"exponent {exponent}; wanted 2, 3 or 4")
+    return base**exponent

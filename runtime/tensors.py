@@ -1,0 +1,119 @@
+"""Weights of an artifact: safetensors shards written tensor by tensor, equal tensors once, read without copying."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmopt.compiler.errors import ArtifactError
+from llmopt.compiler.program import STORED_DTYPES, Weight
+
+SHARD_BYTES = 1 << 30  # files are hashed side by side, so several small ones are checked faster than a large one
+_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
+_ALIGNMENT = 64  # of the first byte of data in a shard: a cache line, and the widest vector
+
+Read = Callable[[str], Tensor]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """uint8 [nbytes], the tensor's own memory where it is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def stored_names(names: Mapping[str, Weight], read: Read) -> dict[str, str]:
+    """For each weight, the name its data are stored under: its own, or that of an earlier one with the same bytes.
+
+    Tied weights are found this way however they came apart (two names of a file, a fold and its copy). Only tensors that
+    agree in type and in their ends are compared whole.
+    """
+    firsts: dict[Any, list[str]] = {}
+    stored: dict[str, str] = {}
+    for name, weight in names.items():
+        data = _bytes(read(name))
+        if len(data) != weight.nbytes:
+            raise ArtifactError(f"weight {name!r} reads as {len(data)} bytes; wanted {weight.nbytes}: the model's own weights changed")
+        ends = bytes(data[:1024].numpy()) + bytes(data[-1024:].numpy())
+        same = firsts.setdefault((weight.dtype, weight.shape, ends), [])
+        stored[name] = next((s for s in same if _is_same(_bytes(read(s)), data)), name)
+        if stored[name] == name:
+            same.append(name)
+    return stored
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
+
+
+def shards(weights: Mapping[str, Weight], limit: int = SHARD_BYTES) -> list[dict[str, Weight]]:
+    """The weights in order, in groups of at most `limit` bytes (or of a single larger one)."""
+    groups: list[dict[str, Weight]] = []
+    room = -1
+    for name, weight in weights.items():
+        if weight.nbytes > room:
+            groups.append({})
+            room = limit
+        groups[-1][name] = weight
+        room -= weight.nbytes
+    return groups
+
+
+def encoded(weights: Mapping[str, Weight], read: Read) -> Iterator[Any]:
+    """A safetensors file of these weights, piece by piece (bytes-like); one weight is in memory at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, weight in weights.items():
+        if weight.dtype not in _NAMES:
+            raise ArtifactError(f"weight {name!r} is {weight.dtype}, which an artifact cannot hold; wanted {', '.join(_NAMES.values())}")
+        header[name] = {"dtype": _NAMES[weight.dtype], "shape": weight.shape, "data_offsets": [at, at + weight.nbytes]}
+        at += weight.nbytes
+    text = json.dumps(header).encode()
+    size = math.ceil((len(text) + 8) / _ALIGNMENT) * _ALIGNMENT - 8
+    yield size.to_bytes(8, "little") + text.ljust(size)
+    for name in weights:
+        yield memoryview(_bytes(read(name)).numpy())
+
+
+def read_shards(folder: Path, where: Mapping[str, tuple[str, str, str]]) -> dict[str, Weight]:
+    """Weights by name from `where` = {name: (file, key, note)}.
+
+    Tensors are views of the mapped file: one that goes by several names is in memory once. Raises ArtifactError.
+    """
+    wanted: dict[str, set[str]] = {}
+    for file, key, _ in where.values():
+        wanted.setdefault(file, set()).add(key)
+    opened = {file: _open(folder / file, keys) for file, keys in wanted.items()}
+    found: dict[str, Weight] = {}
+    for name, (file, key, note) in where.items():
+        handle = opened[file]
+        part = handle.get_slice(key)
+        shape, dtype = tuple(part.get_shape()), STORED_DTYPES[part.get_dtype()]
+        found[name] = Weight(shape, dtype, _Load(handle, key), note)
+    return found
+
+
+class _Load:
+    """Reads one tensor of an open file."""
+
+    def __init__(self, handle: Any, key: str) -> None:
+        self.handle, self.key = handle, key
+
+    def __call__(self) -> Tensor:
+        return self.handle.get_tensor(self.key)  # type: ignore[no-any-return]
+
+
+def _open(path: Path, wanted: set[str]) -> Any:
+    try:
+        handle = safe_open(path, framework="pt")
+        missing = wanted - set(handle.keys())
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path}: no safetensors file ({error}); save the artifact again") from error
+    if missing:
+        raise ArtifactError(f"{path}: weight {min(missing)!r} is missing; save the artifact again")
+    return handle
