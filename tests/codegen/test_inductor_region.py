@@ -176,7 +176,7 @@ def test_a_condition_on_a_symbolic_size_is_an_error_not_a_wrong_region():
     def two_ways(x):
         return [x.exp() if x.shape[0] > 100 else x.log()]
 
-    with pytest.raises(BuildError, match="it holds only where .*100"):
+    with pytest.raises(BuildError, match=r"it holds only where .*100"):
         compile_region(two_ways, fakes([("N", 4)]))
 
 
