@@ -7,7 +7,9 @@ in every third block a projection with a rotation. Two rules hit about one node 
 their anchor ops and miss late. Both engines run in one process on fresh graphs, in alternating order;
 building graphs and registering Inductor's patterns is not timed, compiling llmopt's rules is. The replacement
 work is timed on both sides. Inductor's handlers copy the root's metadata to the new node; llmopt computes
-fake values for its new nodes, so it does more. Inductor matches operands in the order given, llmopt in both.
+fake values for its new nodes, so it does more. Inductor matches operands in the order given, llmopt in both. Times are CPU seconds of the
+process (both engines are single-threaded), so that other work on the machine counts as little as it can; the
+load average is recorded.
 """
 
 from __future__ import annotations
@@ -88,12 +90,8 @@ class Blocks:
 
     def rotate(self, x: fx.Node) -> fx.Node:
         q = self.linear(x, self.hidden, "q")
-        turned = self.call(
-            self.hidden, ATEN.mul.Tensor, self.call(self.hidden, ATEN.neg.default, q), self.sin
-        )
-        return self.call(
-            self.hidden, ATEN.add.Tensor, self.call(self.hidden, ATEN.mul.Tensor, q, self.cos), turned
-        )
+        turned = self.call(self.hidden, ATEN.mul.Tensor, self.call(self.hidden, ATEN.neg.default, q), self.sin)
+        return self.call(self.hidden, ATEN.add.Tensor, self.call(self.hidden, ATEN.mul.Tensor, q, self.cos), turned)
 
     def block(self, number: int) -> None:
         x = self.norm(self.x)
@@ -241,17 +239,17 @@ def time_llmopt(size: int) -> tuple[float, int, Any]:
     graph = Graph("decoder", build(size))
     rules = [Described(name, describe) for name, describe in descriptions()]
     gc.collect()
-    began = time.perf_counter()
+    began = time.process_time()
     stats = apply_rules(graph, rules)
-    return time.perf_counter() - began, stats.rewritten, graph.fx
+    return time.process_time() - began, stats.rewritten, graph.fx
 
 
 def time_inductor(size: int, passes: Any) -> tuple[float, int, Any]:
     module = lazy_module(build(size))
     gc.collect()
-    began = time.perf_counter()
+    began = time.process_time()
     count = passes.apply(module)
-    return time.perf_counter() - began, count, module.graph
+    return time.process_time() - began, count, module.graph
 
 
 def targets(graph: fx.Graph) -> dict[str, int]:
@@ -264,7 +262,7 @@ def targets(graph: fx.Graph) -> dict[str, int]:
 
 
 def measure(size: int, repeats: int, passes: Any) -> dict[str, Any]:
-    """Median seconds of both engines on graphs of this size; checks that both do the same."""
+    """Median CPU seconds of both engines on graphs of this size; checks that both do the same."""
     ours, theirs, rewritten = [], [], 0
     for turn in range(repeats):
         runs = {}
@@ -272,9 +270,7 @@ def measure(size: int, repeats: int, passes: Any) -> dict[str, Any]:
             runs[engine] = time_llmopt(size) if engine == "llmopt" else time_inductor(size, passes)
         (a, rewritten, mine), (b, count, peer) = runs["llmopt"], runs["inductor"]
         if rewritten != count or targets(mine) != targets(peer):
-            raise SystemExit(
-                f"{size} nodes: llmopt did {rewritten} replacements, Inductor {count}, or results differ"
-            )
+            raise SystemExit(f"{size} nodes: llmopt did {rewritten} replacements, Inductor {count}, or results differ")
         ours.append(a)
         theirs.append(b)
     calls = sum(targets(build(size)).values())
@@ -296,9 +292,7 @@ def exponent(rows: list[dict[str, Any]], key: str) -> float:
 
 def git(*args: str) -> str:
     """What a git command prints, run beside this file."""
-    done = subprocess.run(
-        ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
@@ -308,7 +302,7 @@ def commit() -> str:
 
 
 def report(rows: list[dict[str, Any]], growth: dict[str, float]) -> None:
-    table = Table(title="50 rules, seconds (median)")
+    table = Table(title="50 rules, CPU seconds (median)")
     for column in ("nodes", "rewrites", "llmopt", "Inductor", "ratio", "us/node"):
         table.add_column(column, justify="right")
     for r in rows:
@@ -328,9 +322,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="call nodes per graph")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each engine per size")
@@ -345,6 +337,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]), "commit": commit(), "date": datetime.now(UTC).isoformat(),
         "platform": platform.platform(), "processor": platform.processor() or platform.machine(),
         "python": platform.python_version(), "torch": torch.__version__, "rules": len(descriptions()),
+        "clock": "process_time", "load_average": os.getloadavg(),
         "growth_exponent": growth, "sizes": rows,
     }  # fmt: skip
     if args.out:
