@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from unittest import mock
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import (
@@ -24,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import (
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "HigherOrderOperator",
     "OpOverload",
     "concrete_values",
     "fake_mode",
@@ -158,3 +160,61 @@ def inductor_build(source: str, name: str, folder: str, options: dict[str, Any])
 def tensor_data_address() -> int:
     """Address of the C function that takes a Python tensor to its data, for the bindings of compiled kernels."""
     return int(torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr)  # type: ignore[attr-defined]
+
+
+def trace_pre_dispatch(run: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
+    """aten as the code calls it (nothing decomposed, writes kept) of `run(*inputs)`; inputs are fake, of `mode`.
+
+    Each node keeps the stack trace and module of the node that is current (`torch.fx.traceback`) while it is traced.
+    """
+    with torch.fx.traceback.preserve_node_meta(), mode:
+        return make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
+
+
+def inductor_compile(graph: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """Compile a graph through AOTAutograd and Inductor, as torch.compile's own backend does."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph, list(inputs), config_patches=options)
+
+
+def inductor_options() -> list[str]:
+    """Names of Inductor's settings."""
+    return list(torch._inductor.list_options())
+
+
+def on_generate(backend: Callable[..., Any], say: Callable[[], None]) -> None:
+    """Call `say` before `.generate(...)` of a module that torch.compile made with this backend function.
+
+    Such a module hands `generate` through to the original module, which then runs uncompiled. Modules of other
+    backends, and all other attributes, are as before.
+    """
+    from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+
+    def generate(self: OptimizedModule) -> Any:
+        found = self.__getattr__("generate")
+        if getattr(innermost_backend(self.dynamo_ctx.callback), "compiler_fn", None) is not backend:
+            return found
+
+        @functools.wraps(found)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            say()
+            return found(*args, **kwargs)
+
+        return call
+
+    OptimizedModule.generate = property(generate)
+
+
+def is_dynamo_restart(error: BaseException) -> bool:
+    """Is this how Dynamo asks for the trace to begin anew (not a failure)?"""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has compiled in this process: shows whether a peer really was compiled."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])

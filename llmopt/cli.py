@@ -1,0 +1,240 @@
+"""The command line. Results go to stdout, progress and errors to stderr; a user's mistake exits with 2, a bug with 1.
+
+Nothing heavy is imported here: a command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmopt.console import guarded
+
+app = typer.Typer(
+    name="llmopt",
+    help="A graph compiler for LLM inference in PyTorch: a plain causal forward in, a fast server out.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="A checkpoint folder (config.json, *.safetensors) or a Hugging Face id.")]
+Either = Annotated[str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="A checkpoint folder or id, or an artifact.")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", "-r", help="A recipe's name, a .yaml file, or several joined with +.")
+]
+TargetName = Annotated[str | None, typer.Option("--target", "-t", help="What to compile for; this machine if not given.")]
+DType = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16, float16 or float64; the checkpoint's own if not given."),
+]
+With = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--with", metavar="FILE.py:NAME[@PASS]", help="Put a Pass or Rule of yours into the recipe, behind PASS."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from llmopt import __version__
+
+        print(f"llmopt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What holds for every command."""
+
+
+@app.command()
+@guarded
+def compile(  # noqa: A001
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The artifact folder to write.")],
+    recipe: RecipeName = "default",
+    target: TargetName = None,
+    dtype: DType = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compile a model into an artifact that loads without compiling.
+
+    [dim]llmopt compile meta-llama/Llama-3.2-1B -o llama.llmopt --dtype float32[/dim]
+    """
+    from llmopt.commands.model import compile_to
+
+    compile_to(model, out, recipe, target, dtype, as_json)
+
+
+@app.command()
+@guarded
+def run(
+    model: Either,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue; stdin if none is given.")
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option("--prompt-file", "-f", help="A file that holds one prompt; - is stdin.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to make at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print text as it is made.")] = True,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="As in compile; an artifact has its own.")
+    ] = None,
+    target: TargetName = None,
+    dtype: DType = None,
+    debug: Debug = False,
+) -> None:
+    """Continue prompts with a model or an artifact. The text goes to stdout.
+
+    [dim]llmopt run llama.llmopt "def fibonacci(n):" -n 64 --temperature 0.7[/dim]
+    """
+    from llmopt.commands.model import Sampling, run_prompts
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, stream)
+    run_prompts(model, prompts or [], prompt_file, sampling, recipe, target, dtype)
+
+
+@app.command()
+@guarded
+def bench(
+    model: Model,
+    recipe: RecipeName = "default",
+    batch: Annotated[str, typer.Option("--batch", "-b", help="Batch sizes, separated by commas.")] = "1,8",
+    new_tokens: Annotated[int, typer.Option(help="Tokens each sequence makes.")] = 128,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of each prompt.")] = 48,
+    rounds: Annotated[int, typer.Option(help="Timed rounds; every round runs every peer once.")] = 5,
+    peers: Annotated[str, typer.Option(help="Of hf-eager and hf-inductor, separated by commas.")] = "hf-eager,hf-inductor",
+    dtype: DType = "float32",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file, too.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure decoding against transformers, eager and compiled by Inductor, in the same process.
+
+    [dim]llmopt bench examples/models/pico-llama-4m --batch 1,8 --new-tokens 128[/dim]
+    """
+    from llmopt.commands.bench import bench_model
+
+    bench_model(model, recipe, batch, new_tokens, prompt_tokens, rounds, peers, dtype, out, as_json)
+
+
+@app.command()
+@guarded
+def show(
+    model: Either,
+    recipe: RecipeName = "default",
+    graph: Annotated[str | None, typer.Option("--graph", "-g", help="One graph (forward, step, a region); all if not given.")] = None,
+    after: Annotated[str | None, typer.Option("--after", "-a", help="As it is after this pass; `capture` is before all.")] = None,
+    provenance: Annotated[bool, typer.Option("--provenance/--no-provenance", help="Where each line came from.")] = True,
+    extra: With = None,
+    target: TargetName = None,
+    dtype: DType = None,
+    debug: Debug = False,
+) -> None:
+    """Print a model's graphs as readable code.
+
+    [dim]llmopt show examples/models/pico-llama-4m --graph step --after insert-kv-cache[/dim]
+    """
+    from llmopt.commands.inspect import Subject, show_graphs
+
+    show_graphs(Subject(model, recipe, target, dtype, tuple(extra or ())), graph, after, provenance)
+
+
+@app.command()
+@guarded
+def diff(
+    model: Either,
+    other: Annotated[str | None, typer.Argument(metavar="[ARTIFACT]", help="With two artifacts: what sets them apart.")] = None,
+    recipe: RecipeName = "default",
+    pass_name: Annotated[str | None, typer.Option("--pass", "-p", help="This pass only.")] = None,
+    extra: With = None,
+    target: TargetName = None,
+    dtype: DType = None,
+    debug: Debug = False,
+) -> None:
+    """Print what each pass changed, as a unified diff.
+
+    [dim]llmopt diff examples/models/pico-llama-4m --pass raise-aten[/dim]
+    """
+    from llmopt.commands.inspect import Subject, diff_artifacts, diff_passes
+
+    if other is not None:
+        diff_artifacts(model, other)
+    else:
+        diff_passes(Subject(model, recipe, target, dtype, tuple(extra or ())), pass_name)
+
+
+@app.command()
+@guarded
+def bisect(
+    model: Model,
+    recipe: RecipeName = "default",
+    tokens: Annotated[
+        str | None, typer.Option(help="A file with token ids to compare on, one sequence a line, all of one length.")
+    ] = None,
+    extra: With = None,
+    target: TargetName = None,
+    dtype: DType = "float32",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the rewrite that makes the logits wrong. Exits with 0 if nothing is, with 3 if one was found.
+
+    [dim]llmopt bisect examples/models/pico-llama-4m --with my_rules.py:MyNorm[/dim]
+    """
+    from llmopt.commands.inspect import Subject, bisect_model
+
+    bisect_model(Subject(model, recipe, target, dtype, tuple(extra or ())), tokens, as_json)
+
+
+@app.command()
+@guarded
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe in full, as YAML.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the recipes, or print one to start your own from.
+
+    [dim]llmopt recipes default > mine.yaml[/dim]
+    """
+    from llmopt.commands.catalog import list_recipes
+
+    list_recipes(name, as_json)
+
+
+@app.command()
+@guarded
+def targets(as_json: Json = False, debug: Debug = False) -> None:
+    """List the targets, and which of them this machine can run.
+
+    [dim]llmopt targets[/dim]
+    """
+    from llmopt.commands.catalog import list_targets
+
+    list_targets(as_json)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

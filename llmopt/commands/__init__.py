@@ -1,0 +1,1 @@
+"""The commands' bodies, imported when they run."""

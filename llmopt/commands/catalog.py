@@ -1,0 +1,44 @@
+"""`llmopt recipes` and `llmopt targets`."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from llmopt.compiler.recipe import RECIPES, Recipe
+from llmopt.compiler.target import TARGETS, Target
+from llmopt.console import stages, write_json, write_table
+
+
+def list_recipes(name: str | None, as_json: bool) -> None:
+    """All recipes in a table, or one as YAML."""
+    if name is not None:
+        recipe = Recipe.parse(name)
+        write_json(recipe.to_dict()) if as_json else print(recipe.to_yaml(), end="")
+        return
+    if as_json:
+        write_json([recipe.to_dict() for recipe in RECIPES.values()])
+        return
+    table = Table("recipe", "passes", "providers", "dtype", "page")
+    for recipe in RECIPES.values():
+        passes = " > ".join(spec.name for spec in recipe.passes)
+        table.add_row(
+            recipe.name, passes, ", ".join(recipe.providers), recipe.dtype or "the model's", f"{recipe.page_size} tokens"
+        )
+    write_table(table)
+
+
+def list_targets(as_json: bool) -> None:
+    """All targets, and whether this machine runs them."""
+    with stages("looking at this machine"):
+        here = Target.detect()
+    rows = []
+    for name, meaning in TARGETS.items():
+        target = Target.parse(name)
+        rows.append({"target": name, "meaning": meaning, "runs_here": target.fits(here) is None})
+    if as_json:
+        write_json({"this_machine": here.to_dict(), "targets": rows})
+        return
+    table = Table("target", "meaning", "runs here", title=f"this machine: {here.name}, {here.cores} cores")
+    for row in rows:
+        table.add_row(str(row["target"]), str(row["meaning"]), "yes" if row["runs_here"] else "no")
+    write_table(table)

@@ -1,0 +1,136 @@
+"""`llmopt compile` and `llmopt run`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llmopt
+from llmopt.compiler.errors import InputError
+from llmopt.console import Progress, check_output, is_artifact, read_text, report_table, say, stages, write_json, write_table
+from llmopt.model import CompiledModel
+from llmopt.runtime.build import build
+from llmopt.runtime.loader import Regions
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to generate; see `CompiledModel.generate`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stream: bool
+
+
+def compiled(model: str, recipe: str, target: str | None, dtype: str | None, progress: Progress) -> CompiledModel:
+    """A model compiled in this process, its regions included, so that all waiting is over when it is returned."""
+    program, report, context = build(model, recipe, target, dtype, progress=progress)
+    regions = Regions(program)
+    started = time.perf_counter()
+    regions.compile_all(lambda key: progress(f"compiling {key}"))
+    report.seconds["regions"] = time.perf_counter() - started
+    progress("reading weights")
+    return CompiledModel(program, context.recipe, context.target, report, regions)
+
+
+def compile_to(
+    model: str, out: Path, recipe: str, target: str | None, dtype: str | None, as_json: bool
+) -> None:
+    """Compile and save; prints what each pass did."""
+    check_output(out)
+    started = time.perf_counter()
+    with stages(f"compiling {model}") as progress:
+        made = compiled(model, recipe, target, dtype, progress)
+        progress("writing")
+        made.save(out)
+    seconds = time.perf_counter() - started
+    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    if as_json:
+        recipe_said, target_said = made.recipe.to_dict(), made.target.to_dict()
+        write_json(
+            {"artifact": str(out), "bytes": size, "seconds": round(seconds, 3), "recipe": recipe_said,
+             "target": target_said, "report": made.report.to_dict()}
+        )  # fmt: skip
+        return
+    write_table(report_table(made.report))
+    print(f"wrote {out} ({size / 2**20:.1f} MiB) in {seconds:.1f} s")
+
+
+def opened(model: str, recipe: str | None, target: str | None, dtype: str | None, progress: Progress) -> CompiledModel:
+    """A model from an artifact, or compiled now."""
+    if not is_artifact(model):
+        return compiled(model, recipe or "default", target, dtype, progress)
+    given = [name for name, value in (("--recipe", recipe), ("--target", target), ("--dtype", dtype)) if value]
+    if given:
+        raise InputError(
+            f"{model!r} is an artifact, which was compiled with its own recipe, target and dtype; leave out "
+            f"{' and '.join(given)}, or compile the model again"
+        )
+    progress("loading")
+    return llmopt.load(model)
+
+
+def gather(prompts: list[str], prompt_file: str | None) -> list[str]:
+    """The prompts given as arguments, in a file, or on stdin. Raises InputError."""
+    if prompts and prompt_file:
+        raise InputError("prompts are given both as arguments and as --prompt-file; give one of the two")
+    if prompt_file is None and not prompts and sys.stdin.isatty():
+        raise InputError("no prompt is given; pass it as an argument, with --prompt-file FILE, or on stdin")
+    found = prompts or [read_text(prompt_file or "-")]
+    if "" in found:
+        raise InputError("the prompt is empty; give at least one character of text")
+    return found
+
+
+def run_prompts(
+    model: str,
+    prompts: list[str],
+    prompt_file: str | None,
+    sampling: Sampling,
+    recipe: str | None,
+    target: str | None,
+    dtype: str | None,
+) -> None:
+    """Generate and print; what it cost goes to stderr."""
+    from llmopt.runtime.sampler import SamplingParams
+
+    SamplingParams(sampling.max_new_tokens, sampling.temperature, sampling.top_p, 0, sampling.seed)  # raises early
+    texts = gather(prompts, prompt_file)
+    with stages(f"preparing {model}") as progress:
+        ready = opened(model, recipe, target, dtype, progress)
+    options = {
+        "max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
+        "seed": sampling.seed,
+    }  # fmt: skip
+    if len(texts) == 1 and sampling.stream:
+        _stream_one(ready, texts[0], options)
+    else:
+        _print_all(ready, texts, options)
+
+
+def _stream_one(model: CompiledModel, text: str, options: dict[str, Any]) -> None:
+    started = time.perf_counter()
+    first = 0.0
+    for _, piece in model.generate([text], stream=True, **options):
+        first = first or time.perf_counter() - started
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    seconds = time.perf_counter() - started
+    say(f"first token after {first * 1e3:.0f} ms, all after {seconds:.2f} s")
+
+
+def _print_all(model: CompiledModel, texts: list[str], options: dict[str, Any]) -> None:
+    started = time.perf_counter()
+    with stages("generating"):
+        made = model.generate(texts, **options)
+    for index, text in enumerate(made):
+        if len(made) > 1:
+            print(f"--- prompt {index}")
+        print(text)
+    say(f"{len(made)} prompts in {time.perf_counter() - started:.2f} s")
