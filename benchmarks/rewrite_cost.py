@@ -7,9 +7,9 @@ in every third block a projection with a rotation. Two rules hit about one node 
 their anchor ops and miss late. Both engines run in one process on fresh graphs, in alternating order;
 building graphs and registering Inductor's patterns is not timed, compiling llmopt's rules is. The replacement
 work is timed on both sides. Inductor's handlers copy the root's metadata to the new node; llmopt computes
-fake values for its new nodes, so it does more. Inductor matches operands in the order given, llmopt in both. Times are CPU seconds of the
-process (both engines are single-threaded), so that other work on the machine counts as little as it can; the
-load average is recorded.
+fake values for its new nodes, so it does more. Inductor matches operands in the order given, llmopt in both.
+Times are CPU seconds of the process (both engines are single-threaded), so that other work on the machine
+counts as little as it can; the load average is recorded.
 """
 
 from __future__ import annotations
