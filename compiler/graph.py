@@ -56,14 +56,35 @@ def where(node: Node) -> str:
     return f"%{node.name} ({text})" if text else f"%{node.name}"
 
 
+@dataclass(frozen=True)
+class TensorType:
+    """Stands for a tensor in a graph read from an artifact, where making fake tensors would take seconds of imports.
+
+    Symbolic sizes are their text, in the graph's own names.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class SizeType:
+    """Stands for a symbolic size in such a graph."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def type_of(value: Any) -> str:
     """`f32[B, T, 512]` for a tensor, `int`/`sym` for scalars, a tuple for several results."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (torch.Tensor, TensorType)):
         dims = ", ".join(str(d) for d in value.shape)
         return f"{_DTYPES.get(value.dtype, str(value.dtype).removeprefix('torch.'))}[{dims}]"
     if isinstance(value, (tuple, list)):
         return "(" + ", ".join(type_of(v) for v in value) + ")"
-    if isinstance(value, torch.SymInt):
+    if isinstance(value, (torch.SymInt, SizeType)):
         return f"int={value}"
     return type(value).__name__
 
@@ -146,9 +167,10 @@ class Graph:
                 lines.append(self.line(node, provenance))
             elif node.op == "output":
                 lines.append("    return " + ", ".join(_format_arg(a) for a in self.outputs()))
-        return self._named_sizes("\n".join(lines) + "\n")
+        return self.named_sizes("\n".join(lines) + "\n")
 
-    def _named_sizes(self, text: str) -> str:
+    def named_sizes(self, text: str) -> str:
+        """The text with the graph's names of symbolic sizes (B, T) in the place of torch's."""
         if self.symbols is None:
             return text
         names = {str(value): name for name, value in self.symbols.sizes.items()}

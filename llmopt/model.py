@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,11 @@ class CompiledModel:
             chunk_size=min(512, recipe.dims.tokens[1]),
             max_batch=high,
         )
-        self.tokenizer = load_tokenizer(facts.tokenizer)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, None if it has none; read when first asked for, as transformers imports slowly."""
+        return load_tokenizer(self.program.facts.tokenizer)
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of the plain forward; input_ids int64 [B, T], position_ids 0..T-1 by default."""

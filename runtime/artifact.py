@@ -1,15 +1,15 @@
-"""Artifacts: a compiled model as a folder, saved so that a fresh process runs it without the model's code or a compiler.
+"""Artifacts: a compiled model as a folder that a fresh process runs without the model's code or a compiler.
 
-    manifest.json             versions, target, model facts, state, where each weight lies, size and sha256 of every file
-    recipe.json, report.json  what was asked for and what was done
-    graphs/NAME.py, .json     each graph, to read and to load
-    weights-00001.safetensors the weights the graphs use; equal ones are stored once
-    tokenizer/                the model's tokenizer files, if it has any
-    code/                     compiled regions (Python source and libraries) and the kernel library they call
+    manifest.json              versions, target, model, state, where weights lie, size and sha256 of every file
+    recipe.json, report.json   what was asked for and what was done
+    graphs/NAME.py, NAME.json  each graph, to read and to load
+    weights-00001.safetensors  the weights the graphs use; equal ones are stored once
+    tokenizer/                 the model's tokenizer files, if it has any
+    code/                      compiled regions (source and libraries) and the kernel library they call
 
-Every file is checked against its size and sha256 before anything is used: a check costs about 0.8 s per GB and core, and
+Every file is checked against its size and sha256 before anything is used, which takes about 0.8 s per GB and core;
 files are checked side by side. Hashes find damage, not malice: graphs are read as data and call nothing outside the
-dialect, but what lies in code/ is run, so load only artifacts that come from where you would install software from.
+dialect, but what lies in code/ is run, so load only artifacts from where you would install software from.
 """
 
 from __future__ import annotations
@@ -17,29 +17,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
-import re
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llmopt.codegen import cpp
-from llmopt.codegen.regions import CompiledRegion
-from llmopt.compiler.errors import ArtifactError, TargetError
+from llmopt.compiler.errors import ArtifactError
 from llmopt.compiler.program import ModelFacts, Program, StateSpec
 from llmopt.compiler.recipe import Recipe
 from llmopt.compiler.target import Target
+from llmopt.runtime import native
 from llmopt.runtime.loader import Regions
-from llmopt.runtime.replace import replacing, settle
+from llmopt.runtime.replace import Folder, replacing, settle
 from llmopt.runtime.report import Report
-from llmopt.runtime.serialize import graphs_from_data, graphs_to_data
+from llmopt.runtime.serialize import graph_from_data, graph_to_data
 from llmopt.runtime.tensors import encoded, read_shards, shards, stored_names
 from llmopt.runtime.tokenizer import TOKENIZER_FILES, load_tokenizer
 
@@ -67,7 +62,7 @@ def save(parts: Parts, path: Path, weights: Mapping[str, Tensor], version: str) 
     """
     parts.regions.compile_all()
     with replacing(path, _foreign) as new:
-        _write(_Folder(new), parts, weights, version)
+        _write(Folder(new), parts, weights, version)
     return path
 
 
@@ -80,54 +75,25 @@ def load(path: Path) -> Parts:
     manifest = _manifest(path)
     try:
         target = Target.from_dict(manifest["target"])
-        _check_machine(path, target, manifest["code"])
+        native.check_machine(path, target, manifest["code"])
         _check_files(path, manifest["files"])
         return _read(path, manifest, target)
     except _MALFORMED as error:
-        raise ArtifactError(f"{path}: malformed ({type(error).__name__}: {error}); wanted the form `save` writes: {_AGAIN}") from error
+        raise ArtifactError(
+            f"{path}: malformed ({type(error).__name__}: {error}); wanted the form `save` writes: {_AGAIN}"
+        ) from error
 
 
 # writing
 
 
-class _Folder:
-    """A folder being filled: each file is hashed on its way and flushed to the disk."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.files: dict[str, dict[str, Any]] = {}
-
-    @contextmanager
-    def open(self, name: str) -> Iterator[Callable[[Any], None]]:
-        """Yields the function that writes bytes to the file `name`."""
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256()
-        with open(path, "wb") as file:
-
-            def write(data: Any) -> None:
-                digest.update(data)
-                file.write(data)
-
-            yield write
-            file.flush()
-            os.fsync(file.fileno())
-            self.files[name] = {"size": file.tell(), "sha256": digest.hexdigest()}
-
-    def add(self, name: str, data: str | bytes) -> str:
-        """Write a whole file; its name."""
-        with self.open(name) as write:
-            write(data.encode() if isinstance(data, str) else data)
-        return name
-
-
-def _write(folder: _Folder, parts: Parts, weights: Mapping[str, Tensor], version: str) -> None:
+def _write(folder: Folder, parts: Parts, weights: Mapping[str, Tensor], version: str) -> None:
     program = parts.program
     folder.add("recipe.json", parts.recipe.to_json())
     folder.add("report.json", json.dumps(parts.report.to_dict(), indent=1))
-    for name, data in graphs_to_data(program.graphs).items():
-        folder.add(f"graphs/{name}.py", program.graphs[name].print())
-        folder.add(f"graphs/{name}.json", _lines(data))
+    for name, graph in program.graphs.items():
+        folder.add(f"graphs/{name}.py", graph.print())
+        folder.add(f"graphs/{name}.json", _lines(graph_to_data(graph)))
     manifest = {
         "format": "llmopt",
         "version": VERSION,
@@ -139,7 +105,7 @@ def _write(folder: _Folder, parts: Parts, weights: Mapping[str, Tensor], version
         "properties": sorted(program.properties),
         "choices": program.choices,
         "graphs": list(program.graphs),
-        "code": _write_code(folder, program, parts.regions.compiled),
+        "code": native.write(folder, program, parts.regions.compiled),
         "weights": _write_weights(folder, program, weights),
         "files": folder.files,
     }
@@ -149,10 +115,10 @@ def _write(folder: _Folder, parts: Parts, weights: Mapping[str, Tensor], version
 def _lines(data: dict[str, Any]) -> str:
     """JSON with one line for each node and type."""
     lists = (f'"{k}": [\n  ' + ",\n  ".join(map(json.dumps, data[k])) + "\n ]" for k in ("types", "nodes"))
-    return "{\n " + ",\n ".join([f'"symbols": {json.dumps(data["symbols"])}', *lists]) + "\n}\n"
+    return "{\n " + ",\n ".join([f'"sizes": {json.dumps(data["sizes"])}', *lists]) + "\n}\n"
 
 
-def _write_weights(folder: _Folder, program: Program, weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
+def _write_weights(folder: Folder, program: Program, weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """{name: [file, key, note]}"""
 
     def read(name: str) -> Tensor:
@@ -170,7 +136,7 @@ def _write_weights(folder: _Folder, program: Program, weights: Mapping[str, Tens
     return {name: [files[stored[name]], stored[name], weight.note] for name, weight in used.items()}
 
 
-def _write_tokenizer(folder: _Folder, source: str | None) -> str | None:
+def _write_tokenizer(folder: Folder, source: str | None) -> str | None:
     if source is None:
         return None
     with tempfile.TemporaryDirectory() as made:
@@ -183,24 +149,6 @@ def _write_tokenizer(folder: _Folder, source: str | None) -> str | None:
         for name in [*found, *(["config.json"] if found and (place / "config.json").is_file() else [])]:
             folder.add(f"tokenizer/{name}", (place / name).read_bytes())
     return "tokenizer" if found else None
-
-
-def _write_code(folder: _Folder, program: Program, compiled: Mapping[str, CompiledRegion]) -> dict[str, Any]:
-    """What stands in code/ and what it needs of a machine; empty if nothing is compiled."""
-    providers = {n.meta.get("provider") for g in program.graphs.values() for n in g.calls()}
-    kernels = cpp.load_library() if "cpp" in providers else None
-    if kernels is not None:
-        folder.add(f"code/{kernels.name}", kernels.read_bytes())
-    regions = {}
-    for number, (key, region) in enumerate(sorted(compiled.items())):
-        libraries = {name: f"code/{hashlib.sha256(data).hexdigest()[:20]}.so" for name, data in region.libraries.items()}
-        for name, file in libraries.items():
-            if file not in folder.files:
-                folder.add(file, region.libraries[name])
-        regions[key] = {"source": folder.add(f"code/region_{number}.py", region.source), "libraries": libraries}
-    if not regions and kernels is None:
-        return {}
-    return {"kernels": kernels and kernels.name, "regions": regions, "needs": _machine()}
 
 
 # what may be in the way
@@ -217,55 +165,22 @@ def _foreign(path: Path) -> str | None:
     return f"the artifact there also holds {str(min(extra))!r}, which is not part of it" if extra else None
 
 
-def _machine() -> dict[str, Any]:
-    """What compiled code relies on: torch's and Python's interfaces, and the instructions of the CPU."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, flags=re.MULTILINE)
-    used = re.compile(r"(avx|sse|ssse|amx|fma|f16c|bmi|abm|lzcnt|popcnt|movbe|aes|vaes|p?clmul|vpclmul|sha|gfni|adx|sve|asimd|fp)")
-    flags = sorted(f for f in (found.group(1).split() if found else ()) if used.match(f))
-    return {
-        "torch": torch.__version__.split("+")[0],
-        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-        "machine": platform.machine(),
-        "instructions": flags,
-    }
-
-
-def _check_machine(path: Path, target: Target, code: Mapping[str, Any]) -> None:
-    reason = target.fits(Target.detect())
-    here, needs = _machine(), code.get("needs", {})
-    lacking = sorted(set(needs.get("instructions", ())) - set(here["instructions"]))
-    if reason is None and needs.get("machine", here["machine"]) != here["machine"]:
-        reason = f"its code is for {needs['machine']} and this machine is {here['machine']}"
-    if reason is None and lacking:
-        reason = f"its code uses instructions this CPU lacks ({', '.join(lacking[:4])})"
-    if reason is not None:
-        raise TargetError(f"artifact {str(path)!r} does not run here: {reason}; compile the model for this machine")
-    for name in ("torch", "python"):
-        if needs.get(name, here[name]) != here[name]:
-            raise ArtifactError(
-                f"artifact {str(path)!r} holds code for {name} {needs[name]} and this is {name} {here[name]}; "
-                f"use {name} {needs[name]}, or compile the model again"
-            )
-
-
 def _manifest(path: Path) -> dict[str, Any]:
     """The manifest, its version and its own hash checked; the files it lists may still be damaged."""
     place = path / MANIFEST
     if not place.is_file():
         seen = "it is a file" if path.is_file() else "it has no manifest.json" if path.exists() else "it does not exist"
-        raise ArtifactError(f"{str(path)!r} is not an artifact: {seen}; wanted a folder that `llmopt compile` or `save` wrote")
+        raise ArtifactError(
+            f"{str(path)!r} is not an artifact: {seen}; wanted a folder that `llmopt compile` or `save` wrote"
+        )
     manifest = _json(place)
     if not isinstance(manifest, dict) or manifest.get("format") != "llmopt":
         raise ArtifactError(f"{place}: not the manifest of an llmopt artifact; wanted a folder that `save` wrote")
     version = manifest.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise ArtifactError(
-            f"{place}: artifact format {version!r}, written by llmopt {manifest.get('llmopt')}, and this llmopt reads up to "
-            f"{VERSION}; upgrade llmopt, or save the artifact again with this one"
+            f"{place}: artifact format {version!r}, written by llmopt {manifest.get('llmopt')}, and this llmopt "
+            f"reads up to {VERSION}; upgrade llmopt, or save the artifact again with this one"
         )
     if manifest.pop("sha256", None) != _digest(manifest):
         raise ArtifactError(f"{place}: it was edited or damaged (its own sha256 does not match); {_AGAIN}")
@@ -280,14 +195,14 @@ def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != entry["size"]:
             seen = "missing" if size is None else f"{size} bytes long, wanted {entry['size']} bytes"
-            raise ArtifactError(f"{path / name}: the file is {seen}; the artifact is damaged: {_AGAIN}, or copy it again")
+            raise ArtifactError(f"{path / name}: the file is {seen}; {_AGAIN}, or copy it again")
     largest = sorted(files, key=lambda name: -files[name]["size"])
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for name, digest in zip(largest, pool.map(lambda name: _file_digest(path / name), largest), strict=True):
             if digest != files[name]["sha256"]:
                 raise ArtifactError(
-                    f"{path / name}: the file was edited or damaged (sha256 {digest[:12]}, wanted {files[name]['sha256'][:12]}); "
-                    f"{_AGAIN}, or copy it again"
+                    f"{path / name}: the file was edited or damaged (sha256 {digest[:12]}, wanted "
+                    f"{files[name]['sha256'][:12]}); {_AGAIN}, or copy it again"
                 )
 
 
@@ -311,13 +226,10 @@ def _json(path: Path) -> Any:
 
 
 def _read(path: Path, manifest: Mapping[str, Any], target: Target) -> Parts:
-    code = manifest["code"]
-    if code.get("kernels"):
-        cpp.install_library(code["kernels"], (path / "code" / code["kernels"]).read_bytes())
-        cpp.load_library()
-    data = {name: _json(path / f"graphs/{name}.json") for name in manifest["graphs"]}
+    names = manifest["graphs"]
+    files = {name: path / f"graphs/{name}.json" for name in names}
     program = Program(
-        graphs_from_data(data, lambda name: str(path / f"graphs/{name}.json")),
+        {name: graph_from_data(name, _json(file), names, str(file)) for name, file in files.items()},
         read_shards(path, {name: (file, key, note) for name, (file, key, note) in manifest["weights"].items()}),
         _facts_from_data(manifest["model"], path),
         tuple(StateSpec(s["name"], tuple(s["shape"]), _dtype(s["dtype"])) for s in manifest["state"]),
@@ -327,15 +239,13 @@ def _read(path: Path, manifest: Mapping[str, Any], target: Target) -> Parts:
     for graph in program.graphs.values():
         for name in graph.weights():
             if name not in program.weights:
-                raise ArtifactError(f"{path}: graph {graph.name} reads weight {name!r}, which the artifact lacks; {_AGAIN}")
-    stored = {key: _region(path, entry) for key, entry in code.get("regions", {}).items()}
+                raise ArtifactError(f"{path}: graph {graph.name} reads weight {name!r}, which is missing; {_AGAIN}")
+    regions = Regions(program, native.read(path, manifest["code"]))
+    for name in {str(n.target) for n in program.graph("step").fx.nodes if n.op == "call_module"}:
+        for key in {regions.key(name, (single, single)) for single in (True, False)} - regions.compiled.keys():
+            raise ArtifactError(f"{path}: the code of region {key!r} is missing; {_AGAIN}")
     recipe = Recipe.from_dict(_json(path / "recipe.json"), str(path / "recipe.json"))
-    return Parts(program, recipe, target, Report.from_dict(_json(path / "report.json")), Regions(program, stored))
-
-
-def _region(path: Path, entry: Mapping[str, Any]) -> CompiledRegion:
-    libraries = {name: (path / file).read_bytes() for name, file in entry["libraries"].items()}
-    return CompiledRegion((path / entry["source"]).read_text(encoding="utf-8"), libraries)
+    return Parts(program, recipe, target, Report.from_dict(_json(path / "report.json")), regions)
 
 
 def _facts_to_data(facts: ModelFacts, tokenizer: str | None) -> dict[str, Any]:

@@ -12,16 +12,54 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from llmopt.compiler.errors import ArtifactError
 
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "a file is too large"}
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is too large",
+}
 _FORBIDDEN = {errno.EACCES: "no permission", errno.EPERM: "no permission", errno.EROFS: "the file system is read-only"}
+_UNDONE = "what was written is removed again, an older artifact is whole"
+
+
+class Folder:
+    """A folder being filled: each file is hashed on its way and flushed to the disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.files: dict[str, dict[str, Any]] = {}
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[Callable[[Any], None]]:
+        """Yields the function that writes bytes to the file `name`."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
+        with open(path, "wb") as file:
+
+            def write(data: Any) -> None:
+                digest.update(data)
+                file.write(data)
+
+            yield write
+            file.flush()
+            os.fsync(file.fileno())
+            self.files[name] = {"size": file.tell(), "sha256": digest.hexdigest()}
+
+    def add(self, name: str, data: str | bytes) -> str:
+        """Write a whole file; its name."""
+        with self.open(name) as write:
+            write(data.encode() if isinstance(data, str) else data)
+        return name
 
 
 @contextlib.contextmanager
@@ -34,7 +72,9 @@ def replacing(path: Path, may_replace: Callable[[Path], str | None]) -> Iterator
     path = Path(os.path.realpath(path))
     reason = _obstacle(path, may_replace)
     if reason is not None:
-        raise ArtifactError(f"artifact {str(path)!r} cannot be saved: {reason}; nothing was changed: choose another path")
+        raise ArtifactError(
+            f"artifact {str(path)!r} cannot be saved: {reason}; nothing was changed: choose another path"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         settle(path)
@@ -79,10 +119,10 @@ def _obstacle(path: Path, may_replace: Callable[[Path], str | None]) -> str | No
 def _explained(error: OSError) -> str:
     at = f" at {error.filename!r}" if error.filename else ""
     if error.errno in _FULL:
-        return f"{_FULL[error.errno]}{at}; what was written is removed again, an older artifact is whole: free some space"
+        return f"{_FULL[error.errno]}{at}; {_UNDONE}: free some space"
     if error.errno in _FORBIDDEN:
         return f"{_FORBIDDEN[error.errno]}{at}; wanted a folder that can be written: choose another path"
-    return f"{error.strerror or error}{at}; what was written is removed again, an older artifact is whole"
+    return f"{error.strerror or error}{at}; {_UNDONE}"
 
 
 def _old(path: Path) -> Path:

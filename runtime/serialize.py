@@ -1,17 +1,17 @@
 """Graphs as plain JSON data and back: nodes, arguments, types with named sizes, origins, choices of provider.
 
 Reading a graph runs nothing that the data names: targets come from the dialect's own ops and a short list of builtins,
-sizes are arithmetic on declared names, and whatever later becomes part of generated source (names of nodes, regions and
-keywords) has to be an identifier. A graph read back prints as the one written.
+and whatever later becomes part of generated source (names of nodes, regions and keywords) has to be an identifier. A
+graph read back prints as the one written and can be run; its nodes have a `TensorType` in the place of a fake tensor.
 """
 
 from __future__ import annotations
 
-import ast
 import keyword
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +19,10 @@ from torch import Tensor, fx
 
 import llmopt.compiler.ops  # noqa: F401 - declares the ops that graphs may call
 from llmopt.compiler import plain
-from llmopt.compiler._torch import OpOverload, fake_mode, fake_tensor
+from llmopt.compiler._torch import OpOverload
 from llmopt.compiler.errors import ArtifactError, did_you_mean
-from llmopt.compiler.graph import Graph, Origin, origin, where
+from llmopt.compiler.graph import Graph, Origin, SizeType, TensorType, origin, where
 from llmopt.compiler.op import NAMESPACE, OPS, op_of
-from llmopt.compiler.propagate import Symbols
 from llmopt.compiler.verify import in_dialect
 
 Data = dict[str, Any]
@@ -42,32 +41,30 @@ BUILTINS: dict[str, Callable[..., Any]] = {
 }
 _BUILTIN_NAMES = {f: name for name, f in BUILTINS.items()}
 _CALLS = ("call_function", "call_module")
-_MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, SyntaxError, RecursionError, ArithmeticError)
+_MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError)
 
 
-def graphs_to_data(graphs: Mapping[str, Graph]) -> dict[str, Data]:
-    """JSON data of each graph. Raises ArtifactError for what has no such form."""
-    owners: dict[int, str] = {}  # of symbols that several graphs share
-    made: dict[str, Data] = {}
-    for name, graph in graphs.items():
-        owner = owners.setdefault(id(graph.symbols), name)
-        made[name] = _Writer(graph).data(None if owner == name or graph.symbols is None else owner)
-    return made
+@dataclass(frozen=True)
+class Sizes:
+    """What a graph read back has for symbols: the names of its sizes, each standing for itself."""
+
+    sizes: dict[str, str]
 
 
-def graphs_from_data(data: Mapping[str, Data], place: Callable[[str], str] = str) -> dict[str, Graph]:
-    """The graphs of `graphs_to_data`'s form, in its order; `place(name)` says in messages where a graph stands."""
-    made: dict[str, Graph] = {}
-    for name, entry in data.items():
-        _check_identifier(name, place(name))
-        try:
-            made[name] = _Reader(name, entry, made, frozenset(data), place(name)).graph()
-        except _MALFORMED as error:
-            raise ArtifactError(
-                f"{place(name)}: malformed graph ({type(error).__name__}: {' '.join(str(error).split())}); "
-                "wanted the form `save` writes: save the artifact again"
-            ) from error
-    return made
+def graph_to_data(graph: Graph) -> Data:
+    """The JSON data of a graph. Raises ArtifactError for what has no such form."""
+    return _Writer(graph).data()
+
+
+def graph_from_data(name: str, data: Data, regions: Collection[str] = (), place: str = "") -> Graph:
+    """The graph of `graph_to_data`'s form; it may call `regions`, and `place` says in messages where it stands."""
+    try:
+        return _Reader(_identifier(name), frozenset(regions), place or name).graph(data)
+    except _MALFORMED as error:
+        raise ArtifactError(
+            f"{place or name}: malformed graph ({type(error).__name__}: {' '.join(str(error).split())}); wanted the "
+            "form `save` writes: save the artifact again"
+        ) from error
 
 
 def target_to_text(target: Any) -> str | None:
@@ -86,8 +83,8 @@ def target_from_text(text: str, place: str) -> Callable[..., Any]:
     space, name, overload = match.groups() if match else ("", "", "")
     if space == NAMESPACE and name not in OPS:
         raise ArtifactError(
-            f"{place} calls {text!r}, an op this llmopt does not know; {did_you_mean(name, OPS)} Upgrade llmopt, or save "
-            "the artifact again with this version"
+            f"{place} calls {text!r}, an op this llmopt does not know; {did_you_mean(name, OPS)} Upgrade llmopt, or "
+            "save the artifact again with this version"
         )
     packet = getattr(torch.ops.aten if space == "aten" else torch.ops.llmopt, name, None) if match else None
     found = getattr(packet, overload, None)
@@ -109,21 +106,16 @@ class _Writer:
         self.listed: list[Any] = []
         self.node: fx.Node | None = None
 
-    def data(self, owner: str | None) -> Data:
+    def data(self) -> Data:
         nodes = [self._node(n) for n in self.graph.fx.nodes]
-        return {"symbols": self._symbols(owner), "types": self.listed, "nodes": nodes}
-
-    def _symbols(self, owner: str | None) -> Data | None:
-        symbols = self.graph.symbols
-        if symbols is None:
-            return None
-        return {"of": owner} if owner else {"sizes": {k: str(v) for k, v in symbols.sizes.items()}}
+        sizes = None if self.graph.symbols is None else list(self.graph.symbols.sizes)
+        return {"sizes": sizes, "types": self.listed, "nodes": nodes}
 
     def fail(self, what: str) -> ArtifactError:
         at = where(self.node) if self.node is not None else ""
         return ArtifactError(
-            f"graph {self.graph.name}, {at}: {what} cannot be stored in an artifact; wanted plain values, ops of the dialect "
-            "and sizes made of named ones: take the pass that makes it out of the recipe"
+            f"graph {self.graph.name}, {at}: {what} cannot be stored in an artifact; wanted plain values, ops of the "
+            "dialect and sizes made of named ones: take the pass that makes it out of the recipe"
         )
 
     def _node(self, node: fx.Node) -> Data:
@@ -172,10 +164,10 @@ class _Writer:
         return self.types[key]
 
     def _described(self, value: Any) -> Data:
-        if isinstance(value, Tensor):
-            shape, stride = ([self._size(s) for s in sizes] for sizes in (value.shape, value.stride()))
-            return {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape, "stride": stride}
-        if isinstance(value, torch.SymInt):
+        if isinstance(value, (Tensor, TensorType)):
+            shape = [size if isinstance(size, int) else self._size(size) for size in value.shape]
+            return {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
+        if isinstance(value, (torch.SymInt, SizeType)):
             return {"size": self._size(value)}
         if isinstance(value, (list, tuple)):
             kind = "tuple" if isinstance(value, tuple) else "list"
@@ -184,14 +176,11 @@ class _Writer:
             raise self.fail(f"a value of type {type(value).__name__}")
         return {"value": value}
 
-    def _size(self, size: Any) -> int | str:
-        text = re.sub(r"\b[a-z]+\d+\b", lambda m: self.names.get(m.group(), m.group()), str(size))
-        try:
-            if not isinstance(size, int):
-                _evaluate(text, dict.fromkeys(self.names.values(), 2))
-        except _MALFORMED as error:
-            raise self.fail(f"size {size}") from error
-        return size if isinstance(size, int) else text
+    def _size(self, size: Any) -> str:
+        text = re.sub(r"\bs\d+\b", lambda m: self.names.get(m.group(), m.group()), str(size))
+        if re.search(r"\b[a-z]+\d+\b", text):
+            raise self.fail(f"size {size}, which has no name,")
+        return text
 
 
 _CONSTANTS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -200,65 +189,38 @@ _CONSTANTS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 class _Reader:
     """Builds one graph from data."""
 
-    def __init__(self, name: str, data: Data, made: Mapping[str, Graph], known: frozenset[str], place: str) -> None:
-        self.name, self.data, self.made, self.known, self.place = name, data, made, known, place
+    def __init__(self, name: str, regions: frozenset[str], place: str) -> None:
+        self.name, self.regions, self.place = name, regions, place
         self.fx = fx.Graph()
         self.env: dict[str, fx.Node] = {}
-        self.symbols, self.owns = self._read_symbols(data["symbols"])
-        self.mode = fake_mode() if self.symbols is None else self.symbols.mode
-        self.sizes = {} if self.symbols is None else self.symbols.sizes
 
-    def graph(self) -> Graph:
-        with self.mode:
-            types = [self._value_of(t) for t in self.data["types"]]
-        for entry in self.data["nodes"]:
+    def graph(self, data: Data) -> Graph:
+        types = [self._type(t) for t in data["types"]]
+        for entry in data["nodes"]:
             self._node(entry, types)
         self.fx.output_node()
-        if self.symbols is not None and self.owns:
-            inputs = [n for n in self.fx.nodes if n.op == "placeholder"]
-            self.symbols.inputs.update({n.name: n.meta["val"] for n in inputs if "val" in n.meta})
-        return Graph(self.name, self.fx, self.symbols)
+        sizes = data["sizes"]
+        return Graph(self.name, self.fx, None if sizes is None else Sizes(dict(zip(sizes, sizes, strict=True))))
 
-    def _read_symbols(self, data: Data | None) -> tuple[Symbols | None, bool]:
-        if data is None:
-            return None, True
-        if "of" in data:
-            return self.made[data["of"]].symbols, False
-        texts = {_check_identifier(name, self.place): str(text) for name, text in data["sizes"].items()}
-        free = [name for name, text in texts.items() if not text.isdigit()]
-        symbols = Symbols(fake_mode(), {}, {})
-        pool: dict[str, Any] = {}
-        fake_tensor(symbols.mode, [str(i) for i in range(len(free))], torch.int64, pool)
-        # sums and products print their symbols in order of their numbers: keep that order
-        given = dict(zip(sorted(free, key=texts.__getitem__), sorted(pool.values(), key=str), strict=True))
-        symbols.sizes.update({name: given.get(name, text) for name, text in texts.items()})
-        symbols.sizes.update({name: int(text) for name, text in texts.items() if name not in given})
-        return symbols, True
-
-    def _value_of(self, data: Data) -> Any:
-        """The fake value a type describes."""
+    def _type(self, data: Data) -> Any:
         if "dtype" in data:
-            shape, stride = ([self._size(s) for s in data[key]] for key in ("shape", "stride"))
-            return torch.empty_strided(shape, stride, dtype=_constant(torch.dtype, data["dtype"]))
+            return TensorType(_constant(torch.dtype, data["dtype"]), tuple(data["shape"]))
         if "size" in data:
-            return self._size(data["size"])
+            return SizeType(data["size"])
         for kind in (list, tuple):
             if kind.__name__ in data:
-                return kind(self._value_of(d) for d in data[kind.__name__])
+                return kind(self._type(d) for d in data[kind.__name__])
         return data["value"]
 
-    def _size(self, size: int | str) -> Any:
-        return size if isinstance(size, int) else _evaluate(size, self.sizes)
-
     def _node(self, entry: Data, types: list[Any]) -> None:
-        kind, name, target = entry["op"], _check_identifier(entry["name"], self.place), entry["target"]
+        kind, name, target = entry["op"], _identifier(entry["name"]), entry["target"]
         if kind not in ("placeholder", "get_attr", "output", *_CALLS) or not isinstance(target, str):
             raise ValueError(f"node {name} is a {kind!r} of {target!r}")
-        if kind == "call_module" and target not in self.known:
+        if kind == "call_module" and target not in self.regions:
             raise ValueError(f"node {name} calls region {target!r}, which is not in the artifact")
         called: Any = target_from_text(target, f"{self.place}: node %{name}") if kind == "call_function" else target
         args = tuple(self._argument(a) for a in entry["args"])
-        kwargs = {_check_identifier(k, self.place): self._argument(v) for k, v in entry.get("kwargs", {}).items()}
+        kwargs = {_identifier(k): self._argument(v) for k, v in entry.get("kwargs", {}).items()}
         node = self.fx.create_node(kind, called, args, kwargs, name=name)
         if node.name != name:
             raise ValueError(f"node name {name!r} stands twice or is reserved")
@@ -276,7 +238,7 @@ class _Reader:
         if provider is None or op is None or provider == "inductor" or provider in op.providers:
             return
         raise ArtifactError(
-            f"{self.place}: node %{node.name} wants provider {provider!r} of {op.name}, which this llmopt does not have; "
+            f"{self.place}: node %{node.name} wants provider {provider!r} of {op.name}, which this llmopt lacks; "
             f"{did_you_mean(str(provider), op.providers)} Upgrade llmopt, or save the artifact again with this version"
         )
 
@@ -303,42 +265,7 @@ def _constant(kind: type, text: str) -> Any:
     return found
 
 
-def _check_identifier(name: str, place: str) -> str:
+def _identifier(name: str) -> str:
     if not name.isidentifier() or keyword.iskeyword(name):
-        raise ArtifactError(f"{place}: the name {name!r} is no identifier; wanted one, such as `linear_1`: save it again")
+        raise ValueError(f"the name {name!r} is no identifier")
     return name
-
-
-_ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-}  # fmt: skip
-_FUNCTIONS = {"Mod": operator.mod, "PythonMod": operator.mod, "Max": torch.sym_max, "Min": torch.sym_min}
-
-
-def _evaluate(text: str, sizes: Mapping[str, Any]) -> Any:
-    """`64*N`, `N//2`, `Mod(N, 8)`: arithmetic on whole numbers and the sizes' names, nothing else."""
-
-    def value(node: ast.expr) -> Any:
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            return node.value
-        if isinstance(node, ast.Name):
-            return sizes[node.id]
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -value(node.operand)
-        if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
-            return _ARITHMETIC[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-            return _power(value(node.left), value(node.right))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
-            left, right = map(value, node.args)
-            return _FUNCTIONS[node.func.id](left, right)
-        raise ValueError(f"size {text!r} is no arithmetic on {', '.join(sizes) or 'numbers'}")
-
-    return value(ast.parse(text, mode="eval").body)
-
-
-def _power(base: Any, exponent: Any) -> Any:
-    if exponent not in (2, 3, 4):
-        raise ValueError(f"exponent {exponent}; wanted 2, 3 or 4")
-    return base**exponent

@@ -30,15 +30,18 @@ def _bytes(tensor: Tensor) -> Tensor:
 def stored_names(names: Mapping[str, Weight], read: Read) -> dict[str, str]:
     """For each weight, the name its data are stored under: its own, or that of an earlier one with the same bytes.
 
-    Tied weights are found this way however they came apart (two names of a file, a fold and its copy). Only tensors that
-    agree in type and in their ends are compared whole.
+    Tied weights are found this way however they came apart (two names of a file, a fold and its copy). Only tensors
+    that agree in type and in their ends are compared whole.
     """
     firsts: dict[Any, list[str]] = {}
     stored: dict[str, str] = {}
     for name, weight in names.items():
         data = _bytes(read(name))
         if len(data) != weight.nbytes:
-            raise ArtifactError(f"weight {name!r} reads as {len(data)} bytes; wanted {weight.nbytes}: the model's own weights changed")
+            raise ArtifactError(
+                f"weight {name!r} reads as {len(data)} bytes, wanted {weight.nbytes}; the model's weights were changed "
+                "after it was compiled: compile it again"
+            )
         ends = bytes(data[:1024].numpy()) + bytes(data[-1024:].numpy())
         same = firsts.setdefault((weight.dtype, weight.shape, ends), [])
         stored[name] = next((s for s in same if _is_same(_bytes(read(s)), data)), name)
@@ -70,7 +73,9 @@ def encoded(weights: Mapping[str, Weight], read: Read) -> Iterator[Any]:
     at = 0
     for name, weight in weights.items():
         if weight.dtype not in _NAMES:
-            raise ArtifactError(f"weight {name!r} is {weight.dtype}, which an artifact cannot hold; wanted {', '.join(_NAMES.values())}")
+            raise ArtifactError(
+                f"weight {name!r} is {weight.dtype}, which an artifact cannot hold; wanted {', '.join(_NAMES.values())}"
+            )
         header[name] = {"dtype": _NAMES[weight.dtype], "shape": weight.shape, "data_offsets": [at, at + weight.nbytes]}
         at += weight.nbytes
     text = json.dumps(header).encode()

@@ -1,0 +1,95 @@
+"""The compiled code of an artifact, and what it asks of the machine that loads it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmopt.codegen import cpp
+from llmopt.codegen.regions import CompiledRegion
+from llmopt.compiler.errors import ArtifactError, TargetError
+from llmopt.compiler.program import Program
+from llmopt.compiler.target import Target
+from llmopt.runtime.replace import Folder
+
+# flags of /proc/cpuinfo that a compiler told to build for this very CPU makes use of
+_INSTRUCTIONS = re.compile(
+    "avx|sse|ssse|amx|fma|f16c|bmi|abm|popcnt|movbe|aes|vaes|pclmul|vpclmul|sha|gfni|adx|cldemote|sve|asimd|fp|crc"
+)
+
+
+def write(folder: Folder, program: Program, compiled: Mapping[str, CompiledRegion]) -> dict[str, Any]:
+    """Write code/ and return its index: the files of each region, and what they need; empty if nothing is compiled."""
+    providers = {n.meta.get("provider") for g in program.graphs.values() for n in g.calls()}
+    kernels = cpp.load_library() if "cpp" in providers else None
+    if kernels is not None:
+        folder.add(f"code/{kernels.name}", kernels.read_bytes())
+    regions = {}
+    for number, (key, region) in enumerate(sorted(compiled.items())):
+        libraries = {name: f"code/{_short(data)}.so" for name, data in region.libraries.items()}
+        for name, file in libraries.items():
+            if file not in folder.files:
+                folder.add(file, region.libraries[name])
+        regions[key] = {"source": folder.add(f"code/region_{number}.py", region.source), "libraries": libraries}
+    if not regions and kernels is None:
+        return {}
+    return {"kernels": kernels and kernels.name, "regions": regions, "needs": _machine()}
+
+
+def read(path: Path, code: Mapping[str, Any]) -> dict[str, CompiledRegion]:
+    """The regions by key; the kernel library goes to the cache, unless one for this machine is there, and is loaded."""
+    if code.get("kernels"):
+        cpp.install_library(code["kernels"], (path / "code" / code["kernels"]).read_bytes())
+        cpp.load_library()
+    return {key: _region(path, entry) for key, entry in code.get("regions", {}).items()}
+
+
+def _machine() -> dict[str, Any]:
+    """What compiled code relies on: torch's and Python's interfaces, and the instructions of the CPU."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, flags=re.MULTILINE)
+    flags = sorted(f for f in (found.group(1).split() if found else ()) if _INSTRUCTIONS.match(f))
+    return {
+        "torch": torch.__version__.split("+")[0],
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "machine": platform.machine(),
+        "instructions": flags,
+    }
+
+
+def check_machine(path: Path, target: Target, code: Mapping[str, Any]) -> None:
+    """Raise TargetError or ArtifactError if what `write` returned does not run here."""
+    reason = target.fits(Target.detect())
+    here, needs = _machine(), code.get("needs", {})
+    lacking = sorted(set(needs.get("instructions", ())) - set(here["instructions"]))
+    if reason is None and needs.get("machine", here["machine"]) != here["machine"]:
+        reason = f"its code is for {needs['machine']} and this machine is {here['machine']}"
+    if reason is None and lacking:
+        reason = f"its code uses instructions this CPU lacks ({', '.join(lacking[:4])})"
+    if reason is not None:
+        raise TargetError(f"artifact {str(path)!r} does not run here: {reason}; compile the model for this machine")
+    for name in ("torch", "python"):
+        if needs.get(name, here[name]) != here[name]:
+            raise ArtifactError(
+                f"artifact {str(path)!r} holds code for {name} {needs[name]} and this is {name} {here[name]}; "
+                f"use {name} {needs[name]}, or compile the model again"
+            )
+
+
+def _region(path: Path, entry: Mapping[str, Any]) -> CompiledRegion:
+    libraries = {name: (path / file).read_bytes() for name, file in entry["libraries"].items()}
+    return CompiledRegion((path / entry["source"]).read_text(encoding="utf-8"), libraries)
+
+
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:20]
