@@ -1,6 +1,6 @@
 """Decoding on the CPU against transformers, eager and compiled by Inductor: the same as `llmopt bench`, with a record.
 
-    python benchmarks/decode_cpu.py MODEL --out benchmarks/results/decode-cpu.json
+python benchmarks/decode_cpu.py MODEL --out benchmarks/results/decode-cpu.json
 """
 
 from __future__ import annotations

@@ -106,8 +106,8 @@ def bisect(
 ) -> Bisection:
     """Run `passes` over the captured `program` and blame the first rewrite that is not Exact.
 
-    `tokens` int64 [B, T] (T at least 4) are what is compared, fixed random ones by default. `run_step` runs a step whose
-    ops were given to compiled providers; by default a step is evaluated by the ops' reference meaning. Raises
+    `tokens` int64 [B, T] (T at least 4) are what is compared, fixed random ones by default. `run_step` runs a step
+    whose ops were given to compiled providers; by default a step is evaluated by the ops' reference meaning. Raises
     InputError for unusable tokens, and whatever a pass raises.
     """
     ids = _tokens(program, tokens)
@@ -181,7 +181,7 @@ class _Judge:
         return -(-self.ids.shape[1] // self.page_size)
 
     def _inputs(self, at: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """A step's inputs for these (sequence, position) pairs; pages lie in reverse so that order cannot be guessed."""
+        """A step's inputs for these (sequence, position) pairs; pages lie in reverse, so that their order counts."""
         count, columns = self.ids.shape[0], self._columns()
         tables = torch.arange(count * columns, 0, -1).reshape(count, columns)
         sequences, positions = (torch.tensor(x) for x in zip(*at, strict=True))
@@ -208,11 +208,11 @@ def _chunks(ids: Tensor) -> Iterator[list[tuple[int, int]]]:
 def evaluate_step(program: Program, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
     """Logits [R, V] of a step by the reference meaning of its ops; `state` takes on the written pages."""
     step = program.graph("step")
-    written: dict[str, fx.Node] = {n.args[0].name: n for n in step.calls("kv_write")}  # type: ignore[union-attr]
+    written = {n.args[0].name: n for n in step.calls("kv_write") if isinstance(n.args[0], fx.Node)}
     if any(n.op == "call_module" for n in step.fx.nodes) or set(written) != set(state):
         raise InputError(
-            "this step is cut into compiled regions, which the reference meaning cannot run; give bisect a run_step, or "
-            "use a recipe with providers: [reference]"
+            "this step is cut into compiled regions, which the reference meaning cannot run; give bisect a run_step, "
+            "or use a recipe with providers: [reference]"
         )
     logits = step.outputs()[0]
     got, *pages = evaluate(step, {**inputs, **state}, program.weights, [logits, *written.values()])
@@ -302,12 +302,9 @@ def _blame(item: Pass, before: Program, runs: tuple[_Run, _Run], number: int, sp
     node = _find(good, record.root) or _find(before, record.root)
     module = origin(node).module if node is not None else ""
     diff = program_diff(good, bad)
-    return Culprit(
-        item.name, record.rule, record.root, module, record.source, number, spent + number, good_errors, bad_errors, diff
-    )
+    at = (record.rule, record.root, module, record.source)
+    return Culprit(item.name, *at, number, spent + number, good_errors, bad_errors, diff)
 
 
 def _find(program: Program, name: str) -> fx.Node | None:
-    return next(
-        (n for g in program.graphs.values() for n in g.fx.nodes if n.name == name and target_name(n)), None
-    )
+    return next((n for g in program.graphs.values() for n in g.fx.nodes if n.name == name and target_name(n)), None)

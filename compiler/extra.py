@@ -1,8 +1,8 @@
 """Passes and rules of one's own, put into a recipe's list: `file.py:Name` or `file.py:Name@after-pass`.
 
-    class MyNorm(Rule): ...                  # llmopt diff MODEL --with my_rules.py:MyNorm
-    @dataclass(frozen=True)
-    class MyPass(Pass): ...                  # llmopt bisect MODEL --with my_rules.py:MyPass@raise-aten
+class MyNorm(Rule): ...                  # llmopt diff MODEL --with my_rules.py:MyNorm
+@dataclass(frozen=True)
+class MyPass(Pass): ...                  # llmopt bisect MODEL --with my_rules.py:MyPass@raise-aten
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -146,7 +146,7 @@ class Inductor(Eager):
     """transformers' `generate` with a static cache and its decoding step compiled by torch.compile, one whole graph."""
 
     note = "generate(), StaticCache, decoding step under torch.compile(fullgraph=True, dynamic=False)"
-    compiling: dict[str, Any] = {"mode": None}
+    compiling: ClassVar[dict[str, Any]] = {"mode": None}
 
     def __init__(self, settings: Settings, progress: Callable[[str], None] = lambda stage: None) -> None:
         super().__init__(settings, progress)
@@ -167,7 +167,7 @@ class TunedInductor(Inductor):
     """Inductor with weights frozen (packed at compile time) and matrix kernels autotuned."""
 
     note = Inductor.note + " with freezing and max_autotune"
-    compiling: dict[str, Any] = {"mode": None, "options": {"freezing": True, "max_autotune": True}}
+    compiling: ClassVar[dict[str, Any]] = {"mode": None, "options": {"freezing": True, "max_autotune": True}}
 
 
 PEERS: dict[str, Callable[..., Peer]] = {
@@ -214,7 +214,7 @@ def _p90(values: Sequence[float]) -> float:
 
 
 def step_bytes(program: Program, batch: int, context: float) -> int:
-    """Bytes a decoding step must read: every weight but the embedding table, and the keys and values of `context` tokens.
+    """Bytes a decoding step must read: all weights but the embedding table, and K and V of `context` tokens.
 
     A table that is the output projection, too, counts once.
     """
@@ -234,9 +234,17 @@ def prompts_for(vocab: int, batch: int, length: int) -> Tensor:
     return torch.randint(3, vocab, (batch, length), generator=generator)
 
 
-def measure(settings: Settings, progress: Callable[[str], None] = lambda stage: None, memory: bool = True) -> dict[str, Any]:
-    """All figures as JSON types. Raises InputError, or VerifyError where llmopt's tokens are wrong."""
-    ours = Llmopt(settings, progress)
+def measure(
+    settings: Settings,
+    progress: Callable[[str], None] = lambda stage: None,
+    memory: bool = True,
+    ours: Llmopt | None = None,
+) -> dict[str, Any]:
+    """All figures as JSON types. Raises InputError, or VerifyError where llmopt's tokens are wrong.
+
+    `memory` also runs each peer in a process of its own; `ours` is a model compiled already.
+    """
+    ours = ours or Llmopt(settings, progress)
     vocab = ours.model.program.facts.vocab_size
     _check_length(settings, ours.model.program.facts.context_length)
     peers: dict[str, Peer] = {OURS: ours}
@@ -274,8 +282,8 @@ def measure(settings: Settings, progress: Callable[[str], None] = lambda stage: 
 def _check_length(settings: Settings, context: int) -> None:
     if settings.prompt_tokens + settings.new_tokens > context:
         raise InputError(
-            f"bench: {settings.prompt_tokens} + {settings.new_tokens} tokens do not fit the model's context of {context}; "
-            "lower --prompt-tokens or --new-tokens"
+            f"bench: {settings.prompt_tokens} + {settings.new_tokens} tokens do not fit the model's context of "
+            f"{context}; lower --prompt-tokens or --new-tokens"
         )
 
 
@@ -298,17 +306,16 @@ def _warm_up(
 
 
 def _difference(got: list[list[int]], want: list[list[int]]) -> str:
-    row, column = next(
-        (b, t) for b, (g, w) in enumerate(zip(got, want, strict=True)) for t in range(len(w)) if g[t : t + 1] != w[t : t + 1]
-    )
+    row = next(b for b, pair in enumerate(zip(got, want, strict=True)) if pair[0] != pair[1])
+    column = next(t for t, token in enumerate(want[row]) if got[row][t : t + 1] != [token])
     return (
-        f"bench: token {column} of sequence {row} is {got[row][column : column + 1]}, transformers' eager generate makes "
-        f"[{want[row][column]}]; nothing was timed; find the cause with `llmopt bisect`"
+        f"bench: token {column} of sequence {row} is {got[row][column : column + 1]}, transformers' eager generate "
+        f"makes [{want[row][column]}]; nothing was timed; find the cause with `llmopt bisect`"
     )
 
 
 def peak_memory(name: str, settings: Settings, progress: Callable[[str], None] = lambda stage: None) -> int:
-    """Peak resident bytes of a fresh process in which this peer alone is set up and generates once at the largest batch."""
+    """Peak resident bytes of a fresh process in which this peer alone generates once, at the largest batch."""
     progress(f"memory of {name}")
     spawning = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawning) as pool:

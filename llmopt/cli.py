@@ -26,7 +26,9 @@ Either = Annotated[str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="A chec
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="A recipe's name, a .yaml file, or several joined with +.")
 ]
-TargetName = Annotated[str | None, typer.Option("--target", "-t", help="What to compile for; this machine if not given.")]
+TargetName = Annotated[
+    str | None, typer.Option("--target", "-t", help="What to compile for; this machine if not given.")
+]
 DType = Annotated[
     str | None,
     typer.Option("--dtype", help="float32, bfloat16, float16 or float64; the checkpoint's own if not given."),
@@ -60,7 +62,7 @@ def options(
 
 @app.command()
 @guarded
-def compile(  # noqa: A001
+def compile(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The artifact folder to write.")],
     recipe: RecipeName = "default",
@@ -119,7 +121,9 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens each sequence makes.")] = 128,
     prompt_tokens: Annotated[int, typer.Option(help="Length of each prompt.")] = 48,
     rounds: Annotated[int, typer.Option(help="Timed rounds; every round runs every peer once.")] = 5,
-    peers: Annotated[str, typer.Option(help="Of hf-eager and hf-inductor, separated by commas.")] = "hf-eager,hf-inductor",
+    peers: Annotated[
+        str, typer.Option(help="Of hf-eager and hf-inductor, separated by commas.")
+    ] = "hf-eager,hf-inductor",
     dtype: DType = "float32",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file, too.")] = None,
     as_json: Json = False,
@@ -139,8 +143,12 @@ def bench(
 def show(
     model: Either,
     recipe: RecipeName = "default",
-    graph: Annotated[str | None, typer.Option("--graph", "-g", help="One graph (forward, step, a region); all if not given.")] = None,
-    after: Annotated[str | None, typer.Option("--after", "-a", help="As it is after this pass; `capture` is before all.")] = None,
+    graph: Annotated[
+        str | None, typer.Option("--graph", "-g", help="One graph (forward, step, a region); all if not given.")
+    ] = None,
+    after: Annotated[
+        str | None, typer.Option("--after", "-a", help="As it is after this pass; `capture` is before all.")
+    ] = None,
     provenance: Annotated[bool, typer.Option("--provenance/--no-provenance", help="Where each line came from.")] = True,
     extra: With = None,
     target: TargetName = None,
@@ -160,7 +168,9 @@ def show(
 @guarded
 def diff(
     model: Either,
-    other: Annotated[str | None, typer.Argument(metavar="[ARTIFACT]", help="With two artifacts: what sets them apart.")] = None,
+    other: Annotated[
+        str | None, typer.Argument(metavar="[ARTIFACT]", help="With two artifacts: what sets them apart.")
+    ] = None,
     recipe: RecipeName = "default",
     pass_name: Annotated[str | None, typer.Option("--pass", "-p", help="This pass only.")] = None,
     extra: With = None,

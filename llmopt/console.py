@@ -163,4 +163,6 @@ def read_text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"file {path!r} cannot be read: {reason}; give a readable text file, or - for stdin") from error
+        raise InputError(
+            f"file {path!r} cannot be read: {reason}; give a readable text file, or - for stdin"
+        ) from error

@@ -12,6 +12,11 @@ from llmopt.compiler.errors import InputError
 from llmopt.console import stages, write_json, write_table
 from llmopt.runtime import measure as records
 
+COLUMNS = (
+    "batch", "peer", "decode tok/s", "all tok/s", "first token ms", "median s", "min s", "p90 s", "of read bw",
+    "peak RSS MiB", "tokens",
+)  # fmt: skip
+
 
 def bench_model(
     model: str,
@@ -27,9 +32,7 @@ def bench_model(
 ) -> None:
     """Measure, print, and write a file if asked to."""
     names = tuple(name.strip() for name in peers.split(",") if name.strip())
-    settings = Settings(
-        model, recipe, dtype or "float32", _batches(batch), new_tokens, prompt_tokens, rounds, names
-    )
+    settings = Settings(model, recipe, dtype or "float32", _batches(batch), new_tokens, prompt_tokens, rounds, names)
     with stages(f"benchmarking {model}") as progress:
         figures = measure(settings, progress)
     if out is not None:
@@ -50,10 +53,8 @@ def _batches(text: str) -> tuple[int, ...]:
 def show(figures: dict[str, Any]) -> None:
     """The table and the ratios."""
     said = figures["settings"]
-    table = Table(
-        "batch", "peer", "decode tok/s", "all tok/s", "first token ms", "median s", "min s", "p90 s", "of read bw", "peak RSS MiB",
-        "tokens", title=f"{said['model']}, {said['dtype']}, {said['prompt_tokens']} + {said['new_tokens']} tokens, {figures['threads']} threads",
-    )  # fmt: skip
+    lengths = f"{said['prompt_tokens']} + {said['new_tokens']} tokens"
+    table = Table(*COLUMNS, title=f"{said['model']}, {said['dtype']}, {lengths}, {figures['threads']} threads")
     for row in figures["results"]:
         seconds = row["seconds"]
         peak = figures["peak_rss_bytes"].get(row["peer"])
@@ -69,6 +70,7 @@ def show(figures: dict[str, Any]) -> None:
     for name, note in figures["peers"].items():
         print(f"{name}: {note}")
     print(
-        f"{figures['cpu']}, {figures['threads']} threads, reads {figures['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"{figures['cpu']}, {figures['threads']} threads, "
+        f"reads {figures['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"load average {figures['load_average']:.1f}; torch {figures['torch']}, transformers {figures['transformers']}"
     )

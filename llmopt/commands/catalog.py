@@ -22,7 +22,11 @@ def list_recipes(name: str | None, as_json: bool) -> None:
     for recipe in RECIPES.values():
         passes = " > ".join(spec.name for spec in recipe.passes)
         table.add_row(
-            recipe.name, passes, ", ".join(recipe.providers), recipe.dtype or "the model's", f"{recipe.page_size} tokens"
+            recipe.name,
+            passes,
+            ", ".join(recipe.providers),
+            recipe.dtype or "the model's",
+            f"{recipe.page_size} tokens",
         )
     write_table(table)
 

@@ -105,8 +105,8 @@ def _named(diff: str, before: str, after: str) -> str:
 
 def diff_artifacts(left: str, right: str) -> None:
     """Print what sets the graphs of two artifacts apart."""
-    texts = [program_text(_artifact(path), provenance=False).splitlines() for path in (left, right)]
-    lines = list(difflib.unified_diff(*texts, left, right, lineterm=""))
+    a, b = (program_text(_artifact(path), provenance=False).splitlines() for path in (left, right))
+    lines = list(difflib.unified_diff(a, b, left, right, lineterm=""))
     write_diff("\n".join(lines) + "\n" if lines else "")
 
 

@@ -10,7 +10,17 @@ from typing import Any
 
 import llmopt
 from llmopt.compiler.errors import InputError
-from llmopt.console import Progress, check_output, is_artifact, read_text, report_table, say, stages, write_json, write_table
+from llmopt.console import (
+    Progress,
+    check_output,
+    is_artifact,
+    read_text,
+    report_table,
+    say,
+    stages,
+    write_json,
+    write_table,
+)
 from llmopt.model import CompiledModel
 from llmopt.runtime.build import build
 from llmopt.runtime.loader import Regions
@@ -38,9 +48,7 @@ def compiled(model: str, recipe: str, target: str | None, dtype: str | None, pro
     return CompiledModel(program, context.recipe, context.target, report, regions)
 
 
-def compile_to(
-    model: str, out: Path, recipe: str, target: str | None, dtype: str | None, as_json: bool
-) -> None:
+def compile_to(model: str, out: Path, recipe: str, target: str | None, dtype: str | None, as_json: bool) -> None:
     """Compile and save; prints what each pass did."""
     check_output(out)
     started = time.perf_counter()

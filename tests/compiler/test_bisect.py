@@ -1,4 +1,4 @@
-"""Bisection finds faults planted among right rewrites: the very rewrite, the pass, or nothing where nothing is wrong."""
+"""Bisection finds faults planted among right rewrites: the rewrite, the pass, or nothing where nothing is wrong."""
 
 from __future__ import annotations
 
@@ -109,7 +109,13 @@ class NarrowWindow(Rule):
 def test_nothing_is_wrong(program: Program, context: Context):
     found = bisect(program, recipe_with((RulePass(OpenGated()), None)), context)
     assert found.culprit is None
-    assert [name for name, _ in found.passes] == ["raise-aten", "canonicalize", "open-gated", "insert-kv-cache", "lower"]
+    assert [name for name, _ in found.passes] == [
+        "raise-aten",
+        "canonicalize",
+        "open-gated",
+        "insert-kv-cache",
+        "lower",
+    ]
     assert all(errors.within(found.limit) for _, errors in found.passes)
     assert found.passes[-1][1].step is not None
 
@@ -201,7 +207,9 @@ def test_nan_is_wrong():
     assert not Errors(0.0, float("nan")).within(1.0)
 
 
-@pytest.mark.parametrize("tokens", [torch.zeros(3, dtype=torch.int64), torch.full((1, 8), 96), torch.zeros(1, 65).long()])
+@pytest.mark.parametrize(
+    "tokens", [torch.zeros(3, dtype=torch.int64), torch.full((1, 8), 96), torch.zeros(1, 65).long()]
+)
 def test_unusable_tokens(program: Program, context: Context, tokens: torch.Tensor):
     with pytest.raises(InputError, match="bisect: token"):
         bisect(program, recipe_with(), context, tokens)
