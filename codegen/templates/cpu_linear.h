@@ -51,15 +51,17 @@ void linear_some(const LinearArgs<T>& a, int64_t n, int64_t end, int64_t m0, int
 
 template <typename T>
 void linear_few(const LinearArgs<T>& a) {
-  // with several tiles of x rows the second finds its strip of weight rows in L1
-  int64_t strip = a.M <= MAX_TILE ? a.N : std::max<int64_t>(8, 16384 / (a.K * sizeof(T)) / 8 * 8);
+  // a tile of x rows that does not stay in L1 is slower than two halves of it
+  int64_t tile = MAX_TILE * a.K * 4 <= 24576 ? MAX_TILE : 4;
+  // with several tiles of x rows the second finds its strip of weight rows in L2; 12 = 3 * 4 leaves no odd rows
+  int64_t strip = a.M <= tile ? a.N : std::max<int64_t>(12, 65536 / (a.K * sizeof(T)) / 12 * 12);
   // a thread's share is at least 64 KiB of weight: below that, waking it costs more than it saves
   int64_t grain = std::max<int64_t>(8, 65536 / (a.K * static_cast<int64_t>(sizeof(T)) + 1));
   at::parallel_for(0, a.N, grain, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n += strip) {
       int64_t stop = std::min(end, n + strip);
-      for (int64_t m = 0; m < a.M; m += MAX_TILE) {
-        linear_some<MAX_TILE>(a, n, stop, m, std::min<int64_t>(MAX_TILE, a.M - m));
+      for (int64_t m = 0; m < a.M; m += tile) {
+        linear_some<MAX_TILE>(a, n, stop, m, std::min(tile, a.M - m));
       }
     }
   });
