@@ -9,6 +9,7 @@ has a fake value on the CPU and an origin. No weight data is read.
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from llmopt.compiler._torch import OpOverload
 from llmopt.compiler.errors import CaptureError
 from llmopt.compiler.graph import Graph, Origin
 from llmopt.compiler.program import ModelFacts, Program, Weight, tensor_weight
@@ -42,8 +44,9 @@ def export_module(model: nn.Module, limit: int) -> ExportedProgram:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     ids = torch.zeros(EXAMPLE_SHAPE, dtype=torch.int64, device=device)
     positions = torch.arange(EXAMPLE_SHAPE[1], device=device).expand(EXAMPLE_SHAPE).contiguous()
-    dims = {0: Dim("B", min=1, max=4096), 1: Dim("T", min=1, max=max(limit, EXAMPLE_SHAPE[1] + 1))}
-    was_training = model.training
+    # T = limit is left out: a table cut to all of its rows is a special case to export, and a constraint violated
+    dims = {0: Dim("B", min=1, max=4096), 1: Dim("T", min=1, max=max(limit - 1, EXAMPLE_SHAPE[1] + 1))}
+    modes = [(m, m.training) for m in model.modules()]
     try:
         with torch.no_grad():
             return torch.export.export(
@@ -52,16 +55,25 @@ def export_module(model: nn.Module, limit: int) -> ExportedProgram:
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__}.forward(input_ids [B, T], position_ids [B, T]) cannot be captured: "
-            f"{_first_line(error)}; wanted a forward that torch.export (non-strict) traces with any B and T; "
-            "rewrite the line it names so that it does not depend on values or on one fixed size"
+            f"{_blame(error)}; wanted a forward that torch.export (non-strict) traces with any B and T; "
+            "rewrite that line so that it does not depend on values or on one fixed size"
         ) from error
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
-def _first_line(error: BaseException) -> str:
+def _blame(error: BaseException) -> str:
+    """The reason torch gives, and the line of the model it was at."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    violated = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    own = [f for f in frames if not any(part in f[0] for part in _NOT_THE_MODEL)]
+    at = f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]}: " if own else ""
+    return f"{at}{type(error).__name__}: {(violated or lines or ['no message'])[0]}"
+
+
+_NOT_THE_MODEL = ("/torch/", "/llmopt/compiler/", "/integrations/", "<", "/contextlib.py", "/transformers/utils/")
 
 
 def capture(
@@ -75,14 +87,62 @@ def capture(
     tensor. Raises CaptureError if the model does not export, or is not `(input_ids, position_ids) -> logits`.
     """
     exported = model if isinstance(model, ExportedProgram) else export_module(model, facts.context_length)
+    exported = _functional(exported)
     tensors = _lifted_tensors(exported)
+    _check_inputs(exported, tensors, facts)
     graph, names = _adopt(exported.graph, tensors)
-    _check_signature(graph)
     make = weights or (lambda name, tensor: tensor_weight(tensor))
     program = Program({"forward": graph}, {n: make(n, t) for n, t in names.items()}, facts)
     propagate(graph, symbolic_inputs({"input_ids": ("B", "T"), "position_ids": ("B", "T")}), program.weights)
     _check_logits(graph, facts)
     return program
+
+
+def _functional(exported: ExportedProgram) -> ExportedProgram:
+    """The same program without writes in place; a model that changes its buffers has no plain forward."""
+    calls = [n for n in exported.graph.nodes if n.op == "call_function" and isinstance(n.target, OpOverload)]
+    writes = [n for n in calls if n.target._schema.is_mutable]
+    if not writes:
+        return exported
+    functional = exported.run_decompositions({})  # an empty table: composite ops stay whole
+    signature = functional.graph_signature
+    changed = {*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()}
+    if changed:
+        raise CaptureError(
+            f"forward writes to {', '.join(sorted(changed))} ({', '.join(sorted({_source(n) for n in writes}))}): a call would "
+            "depend on the calls before it; wanted a forward that keeps nothing between calls; compute the value anew or "
+            "pass it in"
+        )
+    return functional
+
+
+def _check_inputs(
+    exported: ExportedProgram, tensors: Mapping[str, tuple[str, Tensor]], facts: ModelFacts
+) -> None:
+    """Exactly input_ids and position_ids, int64 [B, T] with B and T free."""
+    nodes = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name not in tensors]
+    if len(nodes) != 2:
+        raise CaptureError(
+            f"captured graph takes {[str(n.target) for n in nodes]}; wanted exactly (input_ids [B, T], position_ids [B, T]); "
+            "wrap the model in a module whose forward takes these two and returns the logits"
+        )
+    values = [n.meta.get("val") for n in nodes]
+    for name, value in zip(("input_ids", "position_ids"), values, strict=True):
+        if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 2:
+            seen = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise CaptureError(f"captured graph takes {seen} as {name}; wanted int64 [B, T]; cast inside forward")
+    first, second = (tuple(v.shape) for v in values)
+    if not all(isinstance(size, torch.SymInt) for size in first) or str(first) != str(second):
+        raise CaptureError(
+            f"captured graph takes input_ids {first} and position_ids {second}: sizes are fixed or differ; wanted [B, T] of both "
+            "with B and T dynamic; export with dynamic_shapes=({0: Dim('B'), 1: Dim('T')},) * 2"
+        )
+    longest = exported.range_constraints.get(first[1].node.expr)
+    if longest is not None and longest.upper < facts.context_length - 1:
+        raise CaptureError(
+            f"captured graph holds for at most T = {longest.upper} tokens, but the context is {facts.context_length}; "
+            "wanted a graph for the whole context; export with a larger Dim('T', max=...), or pass facts with that context_length"
+        )
 
 
 def _lifted_tensors(exported: ExportedProgram) -> dict[str, tuple[str, Tensor]]:
@@ -114,6 +174,9 @@ def _adopt(source: fx.Graph, tensors: Mapping[str, tuple[str, Tensor]]) -> tuple
         elif _target(node) not in _GUARDS:
             env[node] = _adopt_call(new, node, env)
     graph = Graph("forward", new)
+    for made, name in zip(graph.inputs(), ("input_ids", "position_ids"), strict=True):
+        made.target = name
+        made._rename(name)
     new.eliminate_dead_code()
     return graph, {n: used[n] for n in graph.weights()}
 
@@ -141,11 +204,11 @@ def _adopt_call(new: fx.Graph, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         return env[node.args[0]]  # type: ignore[index]
     args = fx.node.map_arg(node.args, lambda n: env[n])
     kwargs = {k: v for k, v in fx.node.map_arg(node.kwargs, lambda n: env[n]).items() if k != "device"}
-    if _target(node) == "to":
+    if _target(node) in ("to", "_to_copy"):
         args = tuple(a for a in args if not isinstance(a, torch.device))
         return _adopt_cast(new, node, args, kwargs)
     made = new.create_node("call_function", node.target, args, kwargs, name=node.name)
-    made.meta["origin"] = _origin(node)
+    made.meta["origin"] = origin_of(node)
     return made
 
 
@@ -158,7 +221,7 @@ def _adopt_cast(new: fx.Graph, node: fx.Node, args: tuple[Any, ...], kwargs: dic
     if not dtypes:
         return args[0]
     made = new.create_node("call_function", torch.ops.aten.to.dtype, (args[0], dtypes[0]), name=node.name)
-    made.meta["origin"] = _origin(node)
+    made.meta["origin"] = origin_of(node)
     return made
 
 
@@ -176,23 +239,12 @@ def _source(node: fx.Node) -> str:
     return f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]}" if own else "unknown line"
 
 
-def _origin(node: fx.Node) -> Origin:
+def origin_of(node: fx.Node) -> Origin:
+    """Source line and module path from what torch keeps in a traced node's meta."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [entry[0] for entry in stack.values() if entry[0] and not entry[0].startswith("_")]
     module = re.sub(r"^(L\['self'\]\.|model\.model\.)", "", paths[-1]) if paths else ""
     return Origin(_source(node), module)
-
-
-def _check_signature(graph: Graph) -> None:
-    names = [n.name for n in graph.inputs()]
-    if len(names) != 2:
-        raise CaptureError(
-            f"captured graph takes {names}; wanted exactly (input_ids [B, T], position_ids [B, T]); "
-            "wrap the model in a module whose forward takes these two and returns the logits"
-        )
-    for node, name in zip(graph.inputs(), ("input_ids", "position_ids"), strict=True):
-        node.target = name
-        node._rename(name)
 
 
 def _check_logits(graph: Graph, facts: ModelFacts) -> None:

@@ -67,7 +67,7 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention function: q [B, Hq, T, D], k/v [B, Hkv, T, D] -> ([B, T, Hq, D], None)."""
-    unknown = {k for k, v in kwargs.items() if k not in _IGNORED and v is not None}
+    unknown = {k for k, v in kwargs.items() if k not in _IGNORED and v is not None and v is not False}
     if unknown or not (kwargs.get("is_causal") or getattr(module, "is_causal", True)):
         raise CaptureError(
             f"{type(module).__name__} calls its attention with {sorted(unknown) or 'is_causal=False'}, which llmopt.attention "
@@ -95,8 +95,12 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(INTERFACE, _mask)
 
 @contextlib.contextmanager
 def _swapped(model: PreTrainedModel) -> Iterator[None]:
-    """The model calls llmopt's attention, and packed sequences are not looked for, until the block ends."""
-    before = {id(m.config): (m.config, m.config._attn_implementation) for m in model.modules() if hasattr(m, "config")}
+    """The model calls llmopt's attention, and packed sequences are not looked for, until the block ends.
+
+    A model that does not go through AttentionInterface keeps its own attention, which `raise_aten` then reads.
+    """
+    configs = [m.config for m in model.modules() if hasattr(m, "config") and type(model)._supports_attention_backend]
+    before = {id(c): (c, c._attn_implementation) for c in configs}
     find_packed = masking_utils.find_packed_sequence_indices
     try:
         for config, _ in before.values():

@@ -10,7 +10,7 @@
                                                                  return linear(index_select(h, 1, rows), head), k_0, v_0, ...
 
 The N tokens of a step stand side by side and may belong to any sequences. That is sound because, attention apart, the
-graph treats tokens one by one (`verify.check_rowwise` proves it node by node), so B = 1 and T = N change nothing for a
+graph treats tokens one by one (`rowwise.check_rowwise` proves it node by node), so B = 1 and T = N change nothing for a
 token, and keys and values are all that later tokens need of earlier ones. A model that numbers its tokens itself
 (`arange(T)`, `table[:T]`) instead of using position_ids is given the positions there.
 """
@@ -21,16 +21,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from llmopt.compiler import ops
-from llmopt.compiler.errors import RaiseError
 from llmopt.compiler.graph import Graph, origin, target_name, where
 from llmopt.compiler.pipeline import Context, Pass, PassStats
 from llmopt.compiler.program import Program, StateSpec
 from llmopt.compiler.propagate import propagate, symbolic_inputs
+from llmopt.compiler.rowwise import check_rowwise
 from llmopt.compiler.simplify import simplify
-from llmopt.compiler.verify import check_rowwise
 
 STEP_INPUTS: dict[str, tuple[int | str, ...]] = {
     "input_ids": (1, "N"),
@@ -51,12 +50,11 @@ class InsertKVCache(Pass):
     ensures: ClassVar[frozenset[str]] = frozenset({"cached"})
 
     def run(self, program: Program, context: Context) -> PassStats:
-        """Build `step`. Raises VerifyError or RaiseError naming the node that cannot be cached."""
+        """Build `step`. Raises VerifyError naming the node that cannot be cached."""
         stats = PassStats()
         step = program.graph("forward").copy()
         step.name = "step"
-        _use_positions(step)
-        check_rowwise(step)
+        check_rowwise(step, _use_positions(step))
         caches = _Caches(step, context.recipe.page_size)
         for index, node in enumerate(list(step.calls("attention"))):
             caches.insert(index, node)
@@ -113,13 +111,15 @@ class _Caches:
             return self.step.call(target, args, before, InsertKVCache.name)
 
 
-def _use_positions(step: Graph) -> None:
-    """Where the model numbers its tokens itself, read position_ids: in the plain forward they are the same numbers."""
-    tokens = step.symbols.sizes["T"]
+def _use_positions(step: Graph) -> tuple[fx.Node, ...]:
+    """Where the model numbers its tokens itself, read position_ids: in the plain forward they are the same numbers.
+
+    Returns the node that holds them, if there is need of it.
+    """
     positions = step.inputs()[1]
     row: fx.Node | None = None
     for node in list(step.calls()):
-        table = _counts_tokens(node, str(tokens))
+        table = _counts_tokens(node, str(step.symbols.sizes["T"]))
         if table is None:
             continue
         if row is None:
@@ -127,27 +127,36 @@ def _use_positions(step: Graph) -> None:
                 row = step.call(torch.ops.aten.select.int, (positions, 0, 0), node, InsertKVCache.name)
             row.meta["val"] = step.symbols.tensor(("T",), torch.int64)
         with step.fx.inserting_before(node):
-            made = _rows_of(step, table, node, row) if isinstance(table, fx.Node) else row
-            cast = step.call(torch.ops.aten.to.dtype, (made, node.meta["val"].dtype), node, InsertKVCache.name)
-        cast.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(cast)
+            made = _rows_of(step, table, node, row) if isinstance(table, fx.Node) else _shifted(step, table, node, row)
+        node.replace_all_uses_with(made)
         step.fx.erase_node(node)
+    return () if row is None else (row,)
 
 
-def _counts_tokens(node: fx.Node, tokens: str) -> Any:
-    """True for arange(T); the table for table[:T] along any axis; None otherwise."""
-    value = node.meta.get("val")
+def _counts_tokens(node: fx.Node, tokens: str) -> fx.Node | int | None:
+    """The first number of `arange(first, first + T)`; the table of `table[:T]` along any axis; None otherwise."""
+    value: Any = node.meta.get("val")
     name = target_name(node)
-    if name == "aten.arange" and str(value.shape[0]) == tokens:  # type: ignore[union-attr]
-        start = node.args[0] if len(node.args) > 1 else 0
-        return True if start == 0 and (len(node.args) < 3 or node.args[2] == 1) else None
+    if name == "aten.arange" and str(value.shape[0]) == tokens:
+        first, step = (node.args[0] if len(node.args) > 1 else 0), (node.args[2] if len(node.args) > 2 else 1)
+        return first if isinstance(first, int) and step == 1 else None
     if name != "aten.slice" or not isinstance(node.args[0], fx.Node):
         return None
     source = node.args[0].meta["val"]
-    dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
-    from_start = (node.args[2] if len(node.args) > 2 else 0) in (0, None)
-    grows = str(value.shape[dim]) == tokens and isinstance(source.shape[dim], int)  # type: ignore[union-attr]
-    return node.args[0] if from_start and grows else None
+    _, dim, first, _, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    whole = str(value.shape[dim]) == tokens and isinstance(source.shape[dim], int)
+    return node.args[0] if first in (0, None) and step == 1 and whole else None
+
+
+def _shifted(step: Graph, first: int, node: fx.Node, row: fx.Node) -> fx.Node:
+    """The positions plus a constant, in the type of `node`."""
+    made = row
+    if first:
+        made = step.call(torch.ops.aten.add.Tensor, (row, first), node, InsertKVCache.name)
+        made.meta["val"] = row.meta["val"]
+    cast = step.call(torch.ops.aten.to.dtype, (made, node.meta["val"].dtype), node, InsertKVCache.name)
+    cast.meta["val"] = node.meta["val"]
+    return cast
 
 
 def _rows_of(step: Graph, table: fx.Node, node: fx.Node, row: fx.Node) -> fx.Node:
@@ -158,27 +167,37 @@ def _rows_of(step: Graph, table: fx.Node, node: fx.Node, row: fx.Node) -> fx.Nod
 
 
 def _select_rows(step: Graph, rows: fx.Node, rule: str) -> None:
-    """Put `rows` at the input of the last linear, and drop the batch axis: logits [R, V]."""
+    """Compute logits [R, V] of the wanted rows only, from the last linear's input on where that is possible."""
     (logits,) = (o for o in step.outputs() if isinstance(o, fx.Node))
-    head = logits
-    while target_name(head) != "linear":
-        sources = [n for n in head.all_input_nodes if isinstance(n.meta.get("val"), Tensor) and n.op == "call_function"]
-        if len(sources) != 1 or head.op != "call_function":
-            raise RaiseError(
-                f"{where(head)}: {target_name(head)} stands between the logits and the model's last linear; wanted logits = "
-                "linear(hidden, weight), then at most elementwise ops; make the output projection an nn.Linear"
-            )
-        head = sources[0]
-    user: Any = head
-    hidden: Any = head.args[0]
-    while (earlier := _rowwise_source(hidden)) is not None:  # a final norm need not see the other rows either
-        user, hidden = hidden, earlier
-    with step.fx.inserting_before(user):
-        picked = step.call(torch.ops.aten.index_select.default, (hidden, 1, rows), head, rule)
-    user.update_arg(0, picked)
-    with step.fx.inserting_after(logits):
-        flat = step.call(torch.ops.aten.select.int, (logits, 0, 0), head, rule)
-    step.fx.output_node().replace_input_with(logits, flat)
+    head = _last_linear(logits)
+    if head is None:
+        with step.fx.inserting_after(logits):
+            picked = step.call(torch.ops.aten.index_select.default, (logits, 1, rows), logits, rule)
+        last = picked
+    else:
+        user: Any = head
+        hidden: Any = head.args[0]
+        while (earlier := _rowwise_source(hidden)) is not None:  # a final norm need not see the other rows either
+            user, hidden = hidden, earlier
+        with step.fx.inserting_before(user):
+            picked = step.call(torch.ops.aten.index_select.default, (hidden, 1, rows), head, rule)
+        user.update_arg(0, picked)
+        last = logits
+    with step.fx.inserting_after(last):
+        flat = step.call(torch.ops.aten.select.int, (last, 0, 0), last, rule)
+    step.fx.output_node().args = ((flat,),)
+
+
+def _last_linear(logits: fx.Node) -> fx.Node | None:
+    """The linear whose result becomes the logits through ops of one operand that know nothing of the number of tokens."""
+    node = logits
+    while target_name(node) != "linear":
+        sources = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        if len(sources) != 1 or sources[0].op != "call_function" or len(sources[0].users) != 1:
+            return None
+        node = sources[0]
+    value, whole = node.args[0].meta["val"], logits.meta["val"]  # type: ignore[union-attr]
+    return node if value.dim() == 3 and str(value.shape[:2]) == str(whole.shape[:2]) else None
 
 
 def _rowwise_source(node: Any) -> fx.Node | None:

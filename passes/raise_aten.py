@@ -24,11 +24,13 @@ from llmopt.compiler.errors import RaiseError
 from llmopt.compiler.graph import Graph, target_name, where
 from llmopt.compiler.pattern import AnyOf, Const, Maybe, aten, call
 from llmopt.compiler.pipeline import Context, Pass, PassStats
-from llmopt.compiler.program import Fold, Program
+from llmopt.compiler.program import Program
 from llmopt.compiler.rewrite import Builder, Match, Rule, apply_rules
 from llmopt.compiler.simplify import simplify
 from llmopt.compiler.verify import check_dialect, context as graph_context
 from llmopt.passes.raise_attention import attention_rules
+from llmopt.passes.raise_linear import linear_rules
+from llmopt.passes.raise_rope import ROPE_RULES
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -142,49 +144,6 @@ def _is_vector(m: Match, weight: str, x: str) -> bool:
     return w.dim() == 1 and w.shape[0] == value.shape[-1]
 
 
-class Rope(Rule):
-    """x * cos + rotate_half(x) * sin, cos and sin [B, T, R] spread over heads."""
-
-    name = "rope"
-
-    def pattern(self, x: Any, cos: Any, sin: Any) -> Any:
-        """rotate_half(x) = cat(-x[R/2:], x[:R/2])."""
-        low = aten.slice.Tensor(x, -1, 0, Const("half", int))
-        low3 = aten.slice.Tensor(x, 3, 0, Const("half", int))
-        high = aten.slice.Tensor(x, -1, Const("half", int), Const("end", int))
-        high3 = aten.slice.Tensor(x, 3, Const("half", int), Const("end", int))
-        turned = aten.cat.default([aten.neg.default(AnyOf(high, high3)), AnyOf(low, low3)], -1)
-        c, s = aten.unsqueeze.default(cos, 1), aten.unsqueeze.default(sin, 1)
-        return aten.add.Tensor(aten.mul.Tensor(x, c), aten.mul.Tensor(turned, s))
-
-    def check(self, m: Match) -> Any:
-        """[B, H, T, R] with halves of equal size."""
-        x, cos = m.val("x"), m.val("cos")
-        if x.dim() != 4 or cos.dim() != 3 or cos.shape[-1] != x.shape[-1] or 2 * m["half"] != x.shape[-1]:
-            return m.fail(f"x {tuple(x.shape)} and cos {tuple(cos.shape)} are not [B, H, T, R] and [B, T, R]", m.root)
-        return None if m.root.meta["val"].dtype == x.dtype else m.fail("cos has a wider dtype than x", m.root)
-
-    def rewrite(self, b: Builder, m: Match) -> Any:
-        """One rope."""
-        return b.ir.rope(m["x"], m["cos"], m["sin"])
-
-
-class PartialRope(Rule):
-    """cat(rope(x[:R]), x[R:]): rotary over the first channels only (GPT-NeoX, Phi)."""
-
-    name = "partial-rope"
-
-    def pattern(self, x: Any, cos: Any, sin: Any) -> Any:
-        """The slice may spell the last axis as -1 or 3."""
-        turn = AnyOf(*(aten.slice.Tensor(x, d, 0, Const("r", int)) for d in (-1, 3)))
-        keep = AnyOf(*(aten.slice.Tensor(x, d, Const("r", int), Const("end", int)) for d in (-1, 3)))
-        return aten.cat.default([call(torch.ops.llmopt.rope.default, turn, cos, sin), keep], -1)
-
-    def rewrite(self, b: Builder, m: Match) -> Any:
-        """rope leaves channels beyond cos's width alone."""
-        return b.ir.rope(m["x"], m["cos"], m["sin"])
-
-
 class Gated(Rule):
     """act(gate) * up for silu and both gelus."""
 
@@ -225,57 +184,6 @@ class Softcap(Rule):
         return b.ir.softcap(m["x"], float(m["cap"]))
 
 
-class Linear(Rule):
-    """aten.linear with a weight."""
-
-    name = "linear"
-
-    def pattern(self, x: Any, w: Any, bias: Any) -> Any:
-        """Bias or None."""
-        return aten.linear.default(x, w, bias)
-
-    def check(self, m: Match) -> Any:
-        """The weight must be one of the program's."""
-        known = isinstance(m["w"], fx.Node) and m["w"].op in ("get_attr", "placeholder")
-        return None if known else m.fail("the weight is computed", m.root)
-
-    def rewrite(self, b: Builder, m: Match) -> Any:
-        """One linear."""
-        return b.ir.linear(m["x"], m["w"], m["bias"])
-
-
-class TransposedLinear(Rule):
-    """view(addmm(bias, view(x, [-1, K]), w[K, N]), [..., N]): GPT-2's Conv1D; the weight is transposed by a Fold."""
-
-    name = "transposed-linear"
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-
-    def pattern(self, bias: Any, x: Any, w: Any, flat: Any, full: Any) -> Any:
-        """A flattened product."""
-        views = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
-        return call(views, aten.addmm.default(bias, call(views, x, flat), w), full)
-
-    def check(self, m: Match) -> Any:
-        """w is a weight [K, N] and the result has x's leading sizes."""
-        x, w, root = m.val("x"), m.val("w"), m.root.meta["val"]
-        if not isinstance(m["w"], fx.Node) or m["w"].op != "get_attr":
-            return m.fail("the right operand is not a weight", m.root)
-        same = str(root.shape[:-1]) == str(x.shape[:-1]) and x.shape[-1] == w.shape[0]
-        return None if same else m.fail("the views change more than the leading sizes", m.root)
-
-    def rewrite(self, b: Builder, m: Match) -> Any:
-        """linear over the transposed weight."""
-        name = f"{m['w'].target}.T"
-        w = m.val("w")
-        if name not in self.program.weights:
-            shape = (int(w.shape[1]), int(w.shape[0]))
-            fold = Fold(name, (str(m["w"].target),), lambda t: t.t().contiguous(), shape, w.dtype, "transpose")
-            self.program.fold(fold)
-        return b.ir.linear(m["x"], b.weight(name, w.new_empty((w.shape[1], w.shape[0]))), m["bias"])
-
-
 @dataclass(frozen=True)
 class RaiseAten(Pass):
     """From aten spellings to IR ops; see the module's docstring."""
@@ -289,11 +197,11 @@ class RaiseAten(Pass):
         for graph in program.graphs.values():
             simplify(graph)
             rules = [
-                RmsNorm(), ShiftedRmsNorm(), LateRmsNorm(), FusedRmsNorm(), Rope(), PartialRope(), Gated(), Softcap(),
-                Linear(), *attention_rules(graph, program),
+                RmsNorm(), ShiftedRmsNorm(), LateRmsNorm(), FusedRmsNorm(), Gated(), Softcap(), *ROPE_RULES,
+                *linear_rules(program, context.fold_weights),
             ]  # fmt: skip
-            if context.fold_weights:
-                rules.append(TransposedLinear(program))
+            if context.strict:  # masks are judged by what they allow in whole sequences, so by whole models
+                rules += attention_rules(graph, program)
             stats = apply_rules(graph, rules, limit=context.rewrites_left)
             context.spend(stats.rewritten)
             total.add(stats)

@@ -6,6 +6,7 @@ and compared with the causal mask and with causal sliding windows. Heads repeate
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -25,41 +26,76 @@ class MaskOracle:
 
     def __init__(self, graph: Graph, program: Program) -> None:
         self.graph, self.program = graph, program
-        self.seen: dict[fx.Node, int | str] = {}
+        self.seen: dict[tuple[fx.Node, bool | None], int | str] = {}
 
     def window(self, node: fx.Node, blocked_where: bool | None = None) -> int | str:
         """Evaluate `node`; with `blocked_where`, a boolean mask blocks where it equals that value."""
-        if node not in self.seen:
-            self.seen[node] = self._window(node, blocked_where)
-        return self.seen[node]
+        key = (node, blocked_where)
+        if key not in self.seen:
+            self.seen[key] = self._window(node, blocked_where)
+        return self.seen[key]
+
+    def constant(self, node: Any) -> float | None:
+        """The value of a number or of a one-element tensor made of weights; None for anything else."""
+        if isinstance(node, (int, float)) and not isinstance(node, bool):
+            return float(node)
+        if not isinstance(node, fx.Node) or self._reads(node, lambda n: n.op == "placeholder"):
+            return None
+        (value,) = evaluate(self.graph, {}, self.program.weights, [node])
+        return float(value) if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else None
 
     def _window(self, node: fx.Node, blocked_where: bool | None) -> int | str:
+        if self._reads(node, self._reads_tokens):
+            return "the mask depends on the tokens"
         limit = self.program.facts.context_length
         length = min(limit, LONGEST_MASK)
-        at = torch.arange(length)
-        try:
-            (mask,) = evaluate(self.graph, {"position_ids": at[None]}, self.program.weights, [node])
-        except KeyError as missing:
-            return f"the mask depends on {missing}"
-        if not isinstance(mask, Tensor) or tuple(mask.shape[-2:]) != (length, length) or mask.numel() != length**2:
-            return f"the mask has shape {tuple(getattr(mask, 'shape', ()))}, wanted [..., T, T] for every batch and head"
-        allowed = _allowed(mask.reshape(length, length), blocked_where)
+        found: int | str = 0
+        # the same rule at three lengths, and the same for each sequence: a window must not depend on either
+        for batch, size in ((1, length), (1, length // 2 + 1), (3, min(5, length))):
+            allowed = self._evaluated(node, batch, size, blocked_where)
+            if isinstance(allowed, str):
+                return allowed
+            window = _as_window(allowed)
+            if size == length:
+                found = window
+            if isinstance(window, str) or isinstance(found, str) or window != (found if found < size else 0):
+                return window if isinstance(window, str) else "the window of the mask depends on the number of tokens"
+        if found == 0 and limit > length and self._reads(node, lambda n: _has_constant_beyond(n, length)):
+            return f"the mask holds a constant beyond {LONGEST_MASK}, up to which it was checked"
+        return found
+
+    def _evaluated(self, node: fx.Node, batch: int, length: int, blocked_where: bool | None) -> Tensor | str:
+        """bool [T, T]: what the mask allows, the same for all sequences and heads."""
+        at = torch.arange(length).expand(batch, length)
+        (mask,) = evaluate(self.graph, {"input_ids": at, "position_ids": at}, self.program.weights, [node])
+        if not isinstance(mask, Tensor) or tuple(mask.shape[-2:]) != (length, length):
+            return f"the mask has shape {tuple(getattr(mask, 'shape', ()))}, wanted [..., T, T]"
+        allowed = _allowed(mask, blocked_where)
         if isinstance(allowed, str):
             return allowed
-        return _as_window(allowed, limit > length and self._reads_constants_beyond(node, length))
+        rows = allowed.reshape(-1, length, length)
+        return rows[0] if bool((rows == rows[0]).all()) else "the mask differs between heads or sequences"
 
-    def _reads_constants_beyond(self, node: fx.Node, length: int) -> bool:
-        """Could the mask change past the evaluated length? Only if a constant that large is in it."""
+    def _reads_tokens(self, node: fx.Node) -> bool:
+        return target_name(node) != "aten.sym_size" and any(n.target == "input_ids" for n in node.all_input_nodes)
+
+    def _reads(self, node: fx.Node, holds: Callable[[fx.Node], bool]) -> bool:
+        """Is this so of the node or of one it is made from?"""
         stack, seen = [node], {node}
         while stack:
-            for source in (current := stack.pop()).all_input_nodes:
+            current = stack.pop()
+            if holds(current):
+                return True
+            for source in current.all_input_nodes:
                 if source not in seen:
                     seen.add(source)
                     stack.append(source)
-            numbers = [a for a in (*current.args, *current.kwargs.values()) if isinstance(a, int)]
-            if any(length < n < 2**31 for n in numbers):
-                return True
         return False
+
+
+def _has_constant_beyond(node: fx.Node, length: int) -> bool:
+    """Could the mask change past the evaluated length? Only if a constant that large is in it."""
+    return any(isinstance(a, int) and length < a < 2**31 for a in (*node.args, *node.kwargs.values()))
 
 
 def _allowed(mask: Tensor, blocked_where: bool | None) -> Tensor | str:
@@ -71,42 +107,38 @@ def _allowed(mask: Tensor, blocked_where: bool | None) -> Tensor | str:
     return open_ if bool((open_ | shut).all()) else "the mask adds values other than 0 and -inf: a position bias"
 
 
-def _as_window(allowed: Tensor, unsure: bool) -> int | str:
+def _as_window(allowed: Tensor) -> int | str:
     length = allowed.shape[0]
     at = torch.arange(length)
     distance = at[:, None] - at[None, :]
     window = int(allowed[-1].sum())
     window = 0 if window == length else window
-    if unsure and window == 0:
-        return f"the mask holds a constant beyond {LONGEST_MASK}, up to which it was checked"
     wanted = (distance >= 0) & ((distance < window) if window else torch.ones_like(allowed))
     return window if torch.equal(allowed, wanted) else "the mask is neither causal nor a causal sliding window"
 
 
 def strip_repeat(node: Any) -> Any:
     """k or v before it was repeated for grouped queries (repeat_interleave, or unsqueeze-expand-reshape over heads)."""
-    while isinstance(node, fx.Node) and target_name(node) in ("aten.contiguous", "aten.clone"):
-        node = node.args[0]
     if not isinstance(node, fx.Node):
         return node
-    if target_name(node) == "aten.repeat_interleave" and len(node.args) > 2 and node.args[2] in (1, -3):
+    name = target_name(node)
+    if name == "aten.repeat_interleave" and len(node.args) > 2 and node.args[2] in (1, -3):
         return node.args[0]
-    if target_name(node) not in ("aten.reshape", "aten.view", "aten._unsafe_view"):
+    if name not in ("aten.reshape", "aten.view") or target_name(spread := _first(node)) != "aten.expand":
         return node
-    spread = node.args[0]
-    while isinstance(spread, fx.Node) and target_name(spread) in ("aten.contiguous", "aten.clone"):
-        spread = spread.args[0]
-    if not isinstance(spread, fx.Node) or target_name(spread) != "aten.expand":
+    single = _first(spread)
+    while target_name(single) == "aten.slice":  # k[:, :, None, :, :]
+        single = _first(single)
+    if target_name(single) != "aten.unsqueeze" or single.args[1] != 2:
         return node
-    single = spread.args[0]
-    if isinstance(single, fx.Node) and target_name(single) == "aten.unsqueeze" and single.args[1] == 2:
-        return single.args[0]
-    inner = single
-    while isinstance(inner, fx.Node) and target_name(inner) == "aten.slice":  # k[:, :, None, :, :]
-        inner = inner.args[0]
-    if isinstance(inner, fx.Node) and target_name(inner) == "aten.unsqueeze" and inner.args[1] == 2:
-        return inner.args[0]
-    return node
+    kept, source = node.meta["val"].shape, _first(single).meta["val"].shape
+    return single.args[0] if str(kept[2:]) == str(source[2:]) else node  # it was the heads that were repeated
+
+
+def _first(node: fx.Node) -> fx.Node:
+    found = node.args[0]
+    assert isinstance(found, fx.Node)
+    return found
 
 
 def _check_heads(m: Match, q: Any, k: Any, v: Any) -> Any:
@@ -160,7 +192,8 @@ class WrittenAttention(Rule):
 
     def pattern(self, scores: Any, v: Any, dtype: Any) -> Any:
         """The scores are walked by check."""
-        soft = AnyOf(aten.softmax.int(scores, -1, dtype), aten._softmax.default(scores, -1, False))
+        last = (aten.softmax.int(scores, -1, dtype), aten.softmax.int(scores, 3, dtype))
+        soft = AnyOf(*last, aten._softmax.default(scores, -1, False))
         probs = AnyOf(soft, aten.to.dtype(soft, dtype))
         return AnyOf(aten.matmul.default(probs, v), aten.bmm.default(probs, v))
 
@@ -171,13 +204,16 @@ class WrittenAttention(Rule):
             return m.fail(found, m["scores"])
         if found.window is None:
             return m.fail("no causal mask between the scores and the softmax", m["scores"])
-        return _check_heads(m, found.q, strip_repeat(found.k), strip_repeat(m["v"]))
+        if m.root.meta["val"].dim() != 4:
+            return m.fail("q, k and v are not [B, H, T, D]", m.root)
+        return None if found.turned else _check_heads(m, found.q, strip_repeat(found.k), strip_repeat(m["v"]))
 
     def rewrite(self, b: Builder, m: Match) -> Any:
         """One attention."""
         found = _Scores(self.oracle).walk(m["scores"])
         assert not isinstance(found, str)
         k, v = strip_repeat(found.k), strip_repeat(m["v"])
+        k = b.aten.transpose.int(k, -2, -1) if found.turned else k
         return b.ir.attention(found.q, k, v, None, found.scale, found.window, found.softcap)
 
 
@@ -190,6 +226,7 @@ class _Scores:
         self.window: int | None = None
         self.q: Any = None
         self.k: Any = None
+        self.turned = False  # k is [B, H, D, T]
 
     def walk(self, node: Any) -> _Scores | str:
         """Self once q and k are found, or the reason why not."""
@@ -198,13 +235,13 @@ class _Scores:
             if name in ("aten.matmul", "aten.bmm"):
                 return self._product(node)
             step = self.steps.get(name.removeprefix("aten."))
-            if step is None:
-                return f"the scores pass through {name}"
+            if step is None or (node.kwargs and name != "aten.to"):
+                return f"the scores pass through {name}{' with options' if step else ''}"
             node = step(self, node)
         return node if isinstance(node, str) else "the scores are not made by a product of q and k"
 
     def _to(self, node: fx.Node) -> Any:
-        return node.args[0]
+        return node.args[0] if node.meta["val"].is_floating_point() else "the scores are rounded to integers"
 
     def _mul(self, node: fx.Node) -> Any:
         return self._scaled(node, 1)
@@ -213,10 +250,10 @@ class _Scores:
         return self._scaled(node, -1)
 
     def _scaled(self, node: fx.Node, power: int) -> Any:
-        factor = node.args[1]
-        if not isinstance(factor, (int, float)):
-            return "the scores are scaled by a tensor"
-        self.scale *= float(factor) ** power
+        factor = self.oracle.constant(node.args[1])
+        if factor is None or not factor > 0:
+            return "the scores are scaled by a tensor, or not by a positive number"
+        self.scale *= factor**power
         return node.args[0]
 
     def _softcap(self, node: fx.Node) -> Any:
@@ -239,6 +276,8 @@ class _Scores:
     def _masked(self, node: fx.Node, mask: Any, blocked_where: bool | None) -> Any:
         if self.window is not None or not isinstance(mask, fx.Node):
             return "the scores are masked twice or shifted by a constant"
+        if self.softcap:
+            return "the scores are masked before the soft-cap, which lifts what was masked"
         window = self.oracle.window(mask, blocked_where)
         if isinstance(window, str):
             return window
@@ -251,17 +290,17 @@ class _Scores:
 
     def _product(self, node: fx.Node) -> Any:
         self.q, turned = node.args[:2]
-        while isinstance(self.q, fx.Node) and target_name(self.q) in ("aten.mul", "aten.div"):
-            factor = self.q.args[1]
-            if not isinstance(factor, (int, float)):
+        while isinstance(self.q, fx.Node) and target_name(self.q) in ("aten.mul", "aten.div") and not self.q.kwargs:
+            factor = self.oracle.constant(self.q.args[1])
+            if factor is None or factor == 0:
                 break
-            self.scale *= float(factor) ** (1 if target_name(self.q) == "aten.mul" else -1)
+            self.scale *= factor ** (1 if target_name(self.q) == "aten.mul" else -1)
             self.q = self.q.args[0]
-        if not isinstance(turned, fx.Node) or target_name(turned) != "aten.transpose":
-            return "the right operand of the score product is not a transposed k"
-        if {d % 4 for d in turned.args[1:3] if isinstance(d, int)} != {2, 3}:
-            return "k is transposed over other axes than its last two"
-        self.k = turned.args[0]
+        is_transposed = isinstance(turned, fx.Node) and target_name(turned) == "aten.transpose"
+        if is_transposed and {d % 4 for d in turned.args[1:3]} == {2, 3}:
+            self.k = turned.args[0]
+        else:
+            self.k, self.turned = turned, True
         return self
 
 
