@@ -141,28 +141,29 @@ def _pieces(order: list[fx.Node]) -> list[list[fx.Node]]:
 
 
 def _without_slivers(pieces: list[list[fx.Node]]) -> list[list[fx.Node]]:
-    """A piece without a product or an attention (a lone norm or view) joins the piece behind it."""
+    """A piece without a product or an attention (a lone norm or scale) joins the embedding before or the piece behind."""
     merged: list[list[fx.Node]] = []
     pending: list[fx.Node] = []
     for piece in pieces:
         if _is_barrier(piece[0]):
-            merged += [pending] if pending else []
-            merged.append(piece)
+            merged += [pending, piece] if pending else [piece]
             pending = []
-        elif any(target_name(n) in ("linear", "attend", "aten.embedding") for n in piece):
+        elif _calls_any(piece, ("linear", "attend", "aten.embedding")):
             merged.append([*pending, *piece])
             pending = []
+        elif merged and not pending and _calls_any(merged[-1], ("aten.embedding",)):
+            merged[-1] += piece
         else:
             pending += piece
-    if pending and merged and not _is_barrier(merged[-1][0]):
-        merged[-1] += pending
-    elif pending:
-        merged.append(pending)
-    return merged
+    return [*merged, pending] if pending else merged
+
+
+def _calls_any(piece: list[fx.Node], names: tuple[str, ...]) -> bool:
+    return any(target_name(n) in names for n in piece)
 
 
 def _join(pieces: Sequence[Region]) -> list[Region]:
-    """Join neighbours that always stand together, and neighbours that occur once, until nothing changes."""
+    """Join a repeated piece with the one that always follows it, and neighbours that occur once, until none is left."""
     regions = list(pieces)
     while True:
         names = [r.signature for r in regions]
@@ -186,7 +187,8 @@ def _best_pair(regions: Sequence[Region], names: Sequence[Hashable]) -> tuple[Ha
     pairs = Counter(zip(names, names[1:], strict=False))
     barriers = {n for n, r in zip(names, regions, strict=True) if _is_barrier(r.nodes[0])}
     for (a, b), count in pairs.items():
-        if a != b and not {a, b} & barriers and counts[a] == counts[b] == count:
+        always = count == counts[a]  # a is never followed by anything else
+        if a != b and not {a, b} & barriers and always and (count > 1 or counts[b] == 1):
             return a, b
     return None
 
