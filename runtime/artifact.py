@@ -71,13 +71,15 @@ def load(path: Path) -> Parts:
 
     Raises ArtifactError (none, damaged, too new, or of another torch) or TargetError (for another machine).
     """
-    path = settle(Path(os.path.realpath(path)))
-    manifest = _manifest(path)
     try:
+        path = settle(Path(os.path.realpath(path)))
+        manifest = _manifest(path)
         target = Target.from_dict(manifest["target"])
         native.check_machine(path, target, manifest["code"])
         _check_files(path, manifest["files"])
         return _read(path, manifest, target)
+    except OSError as error:
+        raise ArtifactError(f"artifact {str(path)!r} cannot be read: {error}; wanted files that may be read") from error
     except _MALFORMED as error:
         raise ArtifactError(
             f"{path}: malformed ({type(error).__name__}: {error}); wanted the form `save` writes: {_AGAIN}"
@@ -139,15 +141,18 @@ def _write_weights(folder: Folder, program: Program, weights: Mapping[str, Tenso
 def _write_tokenizer(folder: Folder, source: str | None) -> str | None:
     if source is None:
         return None
-    with tempfile.TemporaryDirectory() as made:
-        place = Path(source)
-        if not place.is_dir():  # in the hub's cache
-            load_tokenizer(source).save_pretrained(made)
-            place = Path(made)
-        found = [name for name in TOKENIZER_FILES if (place / name).is_file()]
-        # which class reads the files may stand in the model's configuration only
-        for name in [*found, *(["config.json"] if found and (place / "config.json").is_file() else [])]:
-            folder.add(f"tokenizer/{name}", (place / name).read_bytes())
+    if Path(source).is_dir():
+        return _copy_tokenizer(folder, Path(source))
+    with tempfile.TemporaryDirectory() as made:  # it lies in the hub's cache
+        load_tokenizer(source).save_pretrained(made)
+        return _copy_tokenizer(folder, Path(made))
+
+
+def _copy_tokenizer(folder: Folder, source: Path) -> str | None:
+    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    # which class reads the files may stand in the model's configuration only
+    for name in [*found, *(["config.json"] if found and (source / "config.json").is_file() else [])]:
+        folder.add(f"tokenizer/{name}", (source / name).read_bytes())
     return "tokenizer" if found else None
 
 

@@ -70,12 +70,12 @@ def replacing(path: Path, may_replace: Callable[[Path], str | None]) -> Iterator
     ArtifactError, also in place of an OSError from within the block.
     """
     path = Path(os.path.realpath(path))
-    reason = _obstacle(path, may_replace)
-    if reason is not None:
-        raise ArtifactError(
-            f"artifact {str(path)!r} cannot be saved: {reason}; nothing was changed: choose another path"
-        )
     try:
+        reason = _obstacle(path, may_replace)
+        if reason is not None:
+            raise ArtifactError(
+                f"artifact {str(path)!r} cannot be saved: {reason}; nothing was changed: choose another path"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         settle(path)
         _sweep(path)
