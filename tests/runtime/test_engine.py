@@ -136,6 +136,20 @@ def test_running_out_of_pages_puts_the_newest_off_and_gives_the_same_tokens(para
     assert is_empty(engine)
 
 
+def test_the_oldest_is_never_put_off_and_who_was_comes_before_who_waits():
+    engine, _ = make_engine(max_pages=9, max_batch=2)
+    oldest, put_off, waits = (engine.submit(p, SamplingParams(max_new_tokens=20)) for p in prompts_of(4, 8, 5))
+    order = []
+    while engine.unfinished:
+        order.append([event.handle for event in engine.step()])
+    assert all(oldest in handles for handles in order[:20])
+    gone = next(i for i, handles in enumerate(order) if put_off not in handles)
+    back = next(i for i, handles in enumerate(order) if put_off in handles and i > gone)
+    first = next(i for i, handles in enumerate(order) if waits in handles)
+    assert gone < 20 <= back <= first
+    assert order[back][0] == put_off
+
+
 def test_a_sequence_that_can_never_fit_is_refused_before_anything_runs():
     engine, step = make_engine(max_pages=6)
     fits, long = prompts_of(5, 17)
