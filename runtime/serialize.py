@@ -41,7 +41,7 @@ BUILTINS: dict[str, Callable[..., Any]] = {
 }
 _BUILTIN_NAMES = {f: name for name, f in BUILTINS.items()}
 _CALLS = ("call_function", "call_module")
-_MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError)
+_MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,8 @@ class _Reader:
         types = [self._type(t) for t in data["types"]]
         for entry in data["nodes"]:
             self._node(entry, types)
-        self.fx.output_node()
+        if [n.op for n in reversed(self.fx.nodes)].index("output") != 0:
+            raise ValueError("the output is not the last node")
         sizes = data["sizes"]
         return Graph(self.name, self.fx, None if sizes is None else Sizes(dict(zip(sizes, sizes, strict=True))))
 
