@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmopt.compiler.errors import InputError
@@ -57,9 +57,17 @@ def tensor_weight(tensor: Tensor, note: str = "in memory") -> Weight:
     return Weight(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach(), note)
 
 
+def open_safetensors(path: Path) -> Any:
+    """A safetensors file open for reading. Raises InputError if it is damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"file {str(path)!r} cannot be read: {error}; download or save it again") from error
+
+
 def safetensors_weight(path: Path, key: str, dtype: torch.dtype | None = None) -> Weight:
     """The tensor `key` of a safetensors file, read on demand and cast to `dtype` if given."""
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         part = file.get_slice(key)
         shape, stored = tuple(part.get_shape()), STORED_DTYPES[part.get_dtype()]
 

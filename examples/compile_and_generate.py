@@ -19,4 +19,7 @@ print("sampled:", repr(model.generate("for i in", max_new_tokens=12, temperature
 with tempfile.TemporaryDirectory() as place:
     model.save(Path(place) / "pico.llmopt")
     again = llmopt.load(Path(place) / "pico.llmopt")
-    print("loaded gives the same:", again.generate(prompts, max_new_tokens=24) == model.generate(prompts, max_new_tokens=24))
+    print(
+        "loaded gives the same:",
+        again.generate(prompts, max_new_tokens=24) == model.generate(prompts, max_new_tokens=24),
+    )

@@ -1,6 +1,6 @@
 """The demo: compile a small model, see what each pass did, generate, and compare with plain PyTorch.
 
-    python examples/demo.py [--recipe default]
+python examples/demo.py [--recipe default]
 """
 
 from __future__ import annotations
@@ -36,7 +36,14 @@ def main() -> None:
 
     logging.disable_progress_bar()
     settings = Settings(
-        args.model, args.recipe, "float32", (1,), args.new_tokens, prompt_tokens=32, rounds=args.rounds, peers=("hf-eager",)
+        args.model,
+        args.recipe,
+        "float32",
+        (1,),
+        args.new_tokens,
+        prompt_tokens=32,
+        rounds=args.rounds,
+        peers=("hf-eager",),
     )
     print(f"compiling {args.model} with recipe {args.recipe}\n")
     with stages("compiling") as progress:

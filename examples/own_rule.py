@@ -1,7 +1,7 @@
 """A rewrite of your own: see what it changes, prove it right; then break it and let bisection find the rewrite.
 
-    llmopt diff examples/models/pico-llama-4m --with examples/own_rule.py:OpenGated --pass open-gated
-    llmopt bisect examples/models/pico-llama-4m --with examples/own_rule.py:WrongInLayer1
+llmopt diff examples/models/pico-llama-4m --with examples/own_rule.py:OpenGated --pass open-gated
+llmopt bisect examples/models/pico-llama-4m --with examples/own_rule.py:WrongInLayer1
 """
 
 from typing import Any

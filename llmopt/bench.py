@@ -15,18 +15,18 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
+from llmopt.commands.model import compiled
 from llmopt.compiler._torch import compiled_graphs
 from llmopt.compiler.errors import InputError, VerifyError, did_you_mean
 from llmopt.compiler.graph import target_name
 from llmopt.compiler.program import Program
-from llmopt.runtime.build import build
-from llmopt.runtime.loader import Regions
 from llmopt.runtime.measure import environment, read_bandwidth
 
 
@@ -79,13 +79,8 @@ class Llmopt:
     """llmopt with the recipe under test."""
 
     def __init__(self, settings: Settings, progress: Callable[[str], None] = lambda stage: None) -> None:
-        from llmopt.model import CompiledModel
-
-        program, report, context = build(settings.model, settings.recipe, dtype=settings.dtype, progress=progress)
-        regions = Regions(program)
-        regions.compile_all(lambda key: progress(f"compiling {key}"))
-        self.model = CompiledModel(program, context.recipe, context.target, report, regions)
-        self.note = f"recipe {context.recipe.name}, target {context.target.name}"
+        self.model = compiled(settings.model, settings.recipe, None, settings.dtype, progress)
+        self.note = f"recipe {self.model.recipe.name}, target {self.model.target.name}"
 
     def generate(self, prompts: Tensor, new_tokens: int) -> Timing:
         """Through the public `generate`, streamed."""
@@ -325,6 +320,14 @@ def peak_memory(name: str, settings: Settings, progress: Callable[[str], None] =
 def _peak(name: str, settings: Settings) -> int:
     peer = Llmopt(settings) if name == OURS else PEERS[name](settings)
     peer.generate(prompts_for(256, max(settings.batches), settings.prompt_tokens), settings.new_tokens)
+    return peak_rss()
+
+
+def peak_rss() -> int:
+    """Peak resident bytes of this process. getrusage would count the parent's, too, which exec hands down."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
