@@ -152,8 +152,13 @@ def library_path() -> Path:
     digest = hashlib.sha256()
     for file in sorted(SOURCES.glob("cpu_*")):
         digest.update(file.read_bytes())
-    digest.update("\0".join([*_flags(), torch.__version__, _cpu()]).encode())
+    digest.update("\0".join(machine_key()).encode())
     return knobs.cache() / "cpp" / f"cpu_kernels_{digest.hexdigest()[:20]}.so"
+
+
+def machine_key() -> list[str]:
+    """What built code depends on besides its source: compiler flags, torch, and this CPU."""
+    return [*_flags(), torch.__version__, _cpu()]
 
 
 def install_library(name: str, data: bytes) -> None:
@@ -226,4 +231,4 @@ def _cpu() -> str:
     except OSError:
         lines = []
     flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return f"{platform.machine()} {platform.processor()} {' '.join(sorted(flags.split()))}"
+    return f"{platform.machine()} {' '.join(sorted(flags.split()))}"

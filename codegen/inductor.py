@@ -15,7 +15,7 @@ import linecache
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import fx
 
-from llmopt.codegen.cpp import load_library
+from llmopt.codegen.cpp import load_library, machine_key
 from llmopt.compiler import knobs
 from llmopt.compiler._torch import inductor_build, inductor_source, size_guards, tensor_data_address
 from llmopt.compiler.errors import BuildError
@@ -56,13 +56,32 @@ class CompiledRegion:
     libraries: dict[str, bytes]
 
 
+Job = tuple[Callable[..., Any], Sequence[Any]]  # a function of flat arguments, and the fake inputs it is compiled for
+
+
 def compile_region(function: Callable[..., Any], inputs: Sequence[Any], serial: bool = False) -> CompiledRegion:
-    """Compile a function of flat arguments for these fake inputs: tensors (weights too), symbolic or plain ints.
+    """One region; see `compile_regions`."""
+    return compile_regions([(function, inputs)], serial)[0]
+
+
+def compile_regions(jobs: Sequence[Job], serial: bool = False) -> list[CompiledRegion]:
+    """Compile functions for their fake inputs (tensors, weights too, symbolic or plain ints), in one compiler run.
 
     Symbolic sizes hold for any value from 2 on. In-place ops on an input stay in place. `serial`: fused kernels run
     on the calling thread, which for one token is faster than waking others. Raises BuildError.
     """
     options = {**_options(), **(SERIAL if serial else PARALLEL)}
+    generated = [_generated(function, inputs, options, f"r{i}_") for i, (function, inputs) in enumerate(jobs)]
+    kernels = {name: code for _, own in generated for name, code in own.items()}
+    library = _built(_translation_unit(kernels)) if kernels else b""
+    file = f"region_{hashlib.sha256(library).hexdigest()[:20]}.so"
+    return [CompiledRegion(source, {file: library} if own else {}) for source, own in generated]
+
+
+def _generated(
+    function: Callable[..., Any], inputs: Sequence[Any], options: dict[str, Any], prefix: str
+) -> tuple[str, dict[str, str]]:
+    """(wrapper, C++ code by kernel name) of one region, names beginning with `prefix`."""
     try:
         graph, source, kernels = inductor_source(function, inputs, options)
     except Exception as error:  # tracing and Inductor raise anything; the cause stays attached
@@ -74,15 +93,11 @@ def compile_region(function: Callable[..., Any], inputs: Sequence[Any], serial: 
             "give that size as a constant, or take the op that asks for it out of the region"
         )
     if source is None:
-        return CompiledRegion(_selection(graph), {})
+        return _selection(graph), {}
     names = re.findall(r"^(\w+) = async_compile\.cpp_pybinding\(", source, flags=re.MULTILINE)
     if len(names) != len(kernels):
         raise BuildError(f"region: Inductor's source binds {len(names)} kernels and gave code for {len(kernels)}")
-    wrapper = _wrapper(source, names)
-    if not names:
-        return CompiledRegion(wrapper, {})
-    library = _built(_translation_unit(names, kernels))
-    return CompiledRegion(wrapper, {f"region_{hashlib.sha256(library).hexdigest()[:20]}.so": library})
+    return _wrapper(source, names, prefix), {prefix + n: code for n, (_, code) in zip(names, kernels, strict=True)}
 
 
 def load_region(region: CompiledRegion) -> Callable[[list[Any]], Any]:
@@ -119,7 +134,7 @@ def _selection(graph: fx.GraphModule) -> str:
     return f"def call(args):\n    out = ({picked})\n    args.clear()\n    return out\n"
 
 
-def _wrapper(source: str, kernels: Sequence[str]) -> str:
+def _wrapper(source: str, kernels: Sequence[str], prefix: str) -> str:
     """The statements of Inductor's module that `call` needs, and each op it calls under a name of its own."""
     tree, lines = ast.parse(source), source.splitlines()
     needed, kept = {"call"}, []
@@ -128,7 +143,7 @@ def _wrapper(source: str, kernels: Sequence[str]) -> str:
         if not bound & needed or bound == {"torch"}:
             continue
         if bound <= set(kernels):
-            kept.append(f"{min(bound)} = kernels.{min(bound)}")
+            kept.append(f"{min(bound)} = kernels.{prefix}{min(bound)}")
             continue
         needed |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
         kept.append(_statement(node, bound & needed, lines))
@@ -201,10 +216,10 @@ static PyObject* bind(PyObject*, PyObject* address) {
 """
 
 
-def _translation_unit(names: Sequence[str], kernels: Sequence[tuple[list[str], str]]) -> str:
+def _translation_unit(kernels: Mapping[str, str]) -> str:
     includes: dict[str, None] = {}
     parts, methods = [], ['    {"bind", bind, METH_O, nullptr},']
-    for name, (_, code) in zip(names, kernels, strict=True):
+    for name, code in kernels.items():
         includes.update(dict.fromkeys(re.findall(r"^#include .*$", code, flags=re.MULTILINE)))
         body = re.sub(r"^#include .*$", "", code, flags=re.MULTILINE)
         # every kernel is called `kernel` and has C linkage: give each a name of its own
@@ -223,20 +238,31 @@ def _translation_unit(names: Sequence[str], kernels: Sequence[tuple[list[str], s
 
 
 def _built(source: str) -> bytes:
+    """The library of this source, from the cache if it was ever built here with this compiler, torch and CPU."""
+    key = hashlib.sha256("\0".join([source, *machine_key()]).encode()).hexdigest()[:20]
+    path = knobs.cache() / "built" / f"{key}.so"
+    if path.exists():
+        return path.read_bytes()
     with tempfile.TemporaryDirectory(prefix="llmopt_") as folder:
         try:
-            return inductor_build(source, MODULE, folder, _options())
+            library = inductor_build(source, MODULE, folder, _options())
         except Exception as error:  # Inductor's errors share no base class; the cause stays attached
             raise BuildError(f"region: its C++ kernels could not be built: {_one_line(error)}") from error
+    _write(path, library)
+    return library
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)
 
 
 def _imported(name: str, data: bytes) -> ModuleType:
     path = knobs.cache() / "regions" / name
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(data)
-        os.replace(file.name, path)
+        _write(path, data)
     return _module(path)
 
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from llmopt.codegen.inductor import CompiledRegion, compile_region, load_region
+from llmopt.codegen.inductor import CompiledRegion, compile_regions, load_region
 from llmopt.compiler._torch import fake_mode
 from llmopt.compiler.graph import Graph
 from llmopt.compiler.op import op_of
 from llmopt.compiler.propagate import Symbols
 
-__all__ = ["CompiledRegion", "build_region", "load_region"]
+__all__ = ["CompiledRegion", "build_regions", "load_region"]
 
 
-def build_region(graph: Graph, single: bool) -> CompiledRegion:
-    """Compile a region for one token (and one row), or for any number of them from 2 on.
+def build_regions(graphs: Sequence[Graph], single: bool) -> list[CompiledRegion]:
+    """Compile regions for one token (and one row), or for any number of them from 2 on.
 
     The two are compiled apart because Inductor, like torch.export, takes a symbolic size to be at least 2.
     """
-    return compile_region(as_function(graph), fake_arguments(graph, single), serial=single)
+    return compile_regions([(as_function(g), fake_arguments(g, single)) for g in graphs], serial=single)
 
 
 def as_function(graph: Graph) -> Callable[..., list[Any]]:

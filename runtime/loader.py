@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmopt.codegen.regions import CompiledRegion, build_region, load_region
+from llmopt.codegen.regions import CompiledRegion, build_regions, load_region
 from llmopt.compiler.program import Program
 from llmopt.runtime.executor import ShapeClass
 
@@ -24,9 +24,9 @@ def read_weights(
 
 
 class Regions:
-    """Compiled regions by name and shape class, each compiled when first asked for, or read from `stored`.
+    """Compiled regions by name and shape class, read from `stored` or compiled when a class is first asked for.
 
-    A region that never sees tokens or rows (it depends on one of the two only) is compiled once for both classes.
+    All regions of a class are compiled together, which takes one run of the C++ compiler.
     """
 
     def __init__(self, program: Program, stored: Mapping[str, CompiledRegion] | None = None) -> None:
@@ -36,11 +36,10 @@ class Regions:
 
     def __call__(self, name: str, shape: ShapeClass) -> Callable[[list[Any]], Any]:
         """The region as a function of its argument list."""
-        graph = self.program.graph(name)
         key = self.key(name, shape)
         if key not in self.loaded:
             if key not in self.compiled:
-                self.compiled[key] = build_region(graph, key.rsplit("@", 1)[1] == "1")
+                self._compile(key.endswith("@1"))
             self.loaded[key] = load_region(self.compiled[key])
         return self.loaded[key]
 
@@ -51,10 +50,19 @@ class Regions:
         single = shape[1] if str(symbols["R"]) in sizes and str(symbols["N"]) not in sizes else shape[0]
         return f"{name}@{'1' if single else 'n'}"
 
-    def compile_all(self, progress: Callable[[str], None] = lambda key: None) -> None:
+    def names(self) -> list[str]:
+        """The regions the step calls, in first-call order."""
+        return list(dict.fromkeys(str(n.target) for n in self.program.graph("step").fx.nodes if n.op == "call_module"))
+
+    def compile_all(self, progress: Callable[[str], None] = lambda stage: None) -> None:
         """Compile every region for every shape class (what an artifact holds)."""
-        names = {str(n.target) for n in self.program.graph("step").fx.nodes if n.op == "call_module"}
-        for name in sorted(names):
-            for single in (True, False):
-                progress(self.key(name, (single, single)))
-                self(name, (single, single))
+        for single in (True, False):
+            if any(self.key(name, (single, single)) not in self.compiled for name in self.names()):
+                progress(f"compile regions for {'one token' if single else 'several tokens'}")
+                self._compile(single)
+
+    def _compile(self, single: bool) -> None:
+        missing = {self.key(n, (single, single)): n for n in self.names()}
+        missing = {key: name for key, name in missing.items() if key not in self.compiled}
+        made = build_regions([self.program.graph(name) for name in missing.values()], single)
+        self.compiled.update(zip(missing, made, strict=True))
