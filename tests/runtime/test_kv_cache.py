@@ -73,6 +73,15 @@ def test_block_tables_are_kept_until_pages_change():
     assert after[0, :2].tolist() == cache.pages(row)
 
 
+def test_pages_of_a_row_that_was_released_before_it_was_listed_are_forgotten():
+    cache = make_cache()
+    rows = [cache.open() for _ in range(9)]
+    for row in rows:
+        cache.reserve(row, 1)
+    cache.release(rows[-1])
+    assert cache.block_tables()[:, 0].tolist() == [cache.pages(row)[0] for row in rows[:-1]]
+
+
 def test_growth_doubles_up_to_the_limit_and_failure_changes_nothing():
     cache = make_cache(max_pages=10)
     row, sizes = cache.open(), []

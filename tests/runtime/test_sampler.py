@@ -92,6 +92,11 @@ def test_rows_that_ask_for_nothing_keep_everything():
     assert torch.equal(keep_top_p(scores, torch.tensor([0.0, 0.5]))[0], scores[0])
 
 
+def test_the_best_token_stays_whatever_top_p():
+    scores = torch.tensor([[0.0, 2.0, 1.0]])
+    assert keep_top_p(scores, torch.tensor([1.0 - 1e-12])).isfinite().tolist() == [[False, True, False]]
+
+
 def test_no_warmth_is_argmax_in_every_company():
     logits = scores_and_rows(3, 50, 2)
     params = [SamplingParams(), SamplingParams(temperature=0.8, top_k=3, top_p=0.5), SamplingParams(top_k=2)]
