@@ -87,6 +87,8 @@ def in_a_fresh_process(folder: Path, code: str, **environment: str) -> dict:
         "import json, sys, llmopt\nmodel = llmopt.load(sys.argv[1])\nout = {}\n"
         f"{code}\nout['modules'] = sorted(sys.modules)\nprint(json.dumps(out))"
     )
+    # the same llmopt as here, which may come from the folder this process was started in; not the tests' own modules
+    environment |= {"PYTHONPATH": str(Path(llmopt.__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder)],
         cwd=folder.parent, env=os.environ | environment, capture_output=True, text=True, check=False,
