@@ -20,7 +20,7 @@ from llmopt.compiler.errors import InputError
 _WORD = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
-_COLDEST = 1e-30  # a temperature below this is no fp32 divisor
+_COLDEST = 1e-30  # divided by less, a logit could overflow fp32
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,7 @@ def sample(logits: Tensor, rows: SampleRows, position: Tensor | None = None) -> 
     if not rows.sampled or position is None:
         return greedy
     warm = rows.temperature > 0
-    wide = logits.float()
-    # the maximum goes first, so that a small temperature cannot overflow
-    scores = wide - wide.amax(-1, keepdim=True)
-    scores /= torch.where(warm, rows.temperature.clamp_min(_COLDEST), 1.0)[:, None]
+    scores = logits.float() / torch.where(warm, rows.temperature.clamp_min(_COLDEST), 1.0)[:, None]
     if rows.max_k:
         scores = keep_top_k(scores, rows.top_k, rows.max_k)
     if rows.nucleus:
