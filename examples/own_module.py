@@ -1,4 +1,4 @@
-"""Compile a forward you wrote yourself: (input_ids, position_ids) -> logits, no cache anywhere. llmopt adds the cache."""
+"""Compile a forward you wrote yourself: (input_ids, position_ids) -> logits, no cache anywhere. llmopt adds it."""
 
 import sys
 

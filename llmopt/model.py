@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,8 @@ class CompiledModel:
         """(are they text, is it a single one, token ids)"""
         if isinstance(prompts, str):
             return True, True, [self._ids(prompts)]
+        if not isinstance(prompts, Iterable):
+            raise InputError(f"generate was given {prompts!r}; wanted a text, a list of token ids, or a list of either")
         listed = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
         if not listed:
             raise InputError("generate was given no prompt; wanted a text, a list of token ids, or a list of either")
@@ -128,6 +130,8 @@ class CompiledModel:
             return True, False, [self._ids(p) for p in listed]
         if all(isinstance(p, int) for p in listed):
             return False, True, [listed]
+        if not all(isinstance(p, Iterable) and not isinstance(p, str) for p in listed):
+            raise InputError("generate was given prompts of several kinds; wanted texts only, or lists of ids only")
         return False, False, [p.tolist() if isinstance(p, Tensor) else list(p) for p in listed]
 
     def _ids(self, text: str) -> list[int]:

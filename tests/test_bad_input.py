@@ -1,4 +1,4 @@
-"""A user's mistake ends in one line that says what, where and the remedy: LlmoptError in Python, exit code 2 outside."""
+"""A user's mistake ends in one line that says what, where and the remedy: LlmoptError in Python, else exit code 2."""
 
 from __future__ import annotations
 
