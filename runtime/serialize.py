@@ -87,7 +87,7 @@ def target_from_text(text: str, place: str) -> Callable[..., Any]:
             "save the artifact again with this version"
         )
     packet = getattr(torch.ops.aten if space == "aten" else torch.ops.llmopt, name, None) if match else None
-    found = getattr(packet, overload, None)
+    found: Any = getattr(packet, overload, None)
     if target_to_text(found) != text:
         raise ArtifactError(
             f"{place} calls {text!r}; wanted an llmopt op, an aten op of the dialect, or one of {', '.join(BUILTINS)}; "

@@ -82,7 +82,7 @@ def encoded(weights: Mapping[str, Weight], read: Read) -> Iterator[Any]:
     size = math.ceil((len(text) + 8) / _ALIGNMENT) * _ALIGNMENT - 8
     yield size.to_bytes(8, "little") + text.ljust(size)
     for name in weights:
-        yield memoryview(_bytes(read(name)).numpy())
+        yield _bytes(read(name)).numpy().data
 
 
 def read_shards(folder: Path, where: Mapping[str, tuple[str, str, str]]) -> dict[str, Weight]:

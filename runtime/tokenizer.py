@@ -7,7 +7,18 @@ from typing import Any
 
 from llmopt.compiler.errors import InputError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+)
 
 
 def load_tokenizer(source: str | None) -> Any:
@@ -23,5 +34,6 @@ def load_tokenizer(source: str | None) -> Any:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"tokenizer of {source!r} cannot be read: {str(error).splitlines()[0]}; wanted tokenizer.json beside the weights"
+            f"tokenizer of {source!r} cannot be read: {str(error).splitlines()[0]}; wanted tokenizer.json beside the "
+            "weights"
         ) from error
