@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import traceback
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +33,7 @@ __all__ = [
     "fake_mode",
     "fake_tensor",
     "free_unbacked_symbols",
+    "guards_added",
     "statically_known_true",
 ]
 
@@ -218,3 +221,31 @@ def compiled_graphs() -> int:
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
+
+
+class _GuardLog(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.found: list[tuple[str, traceback.StackSummary]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "[guard added]" in message:
+            frames = [f for f in traceback.extract_stack() if f.filename not in (__file__, logging.__file__)]
+            self.found.append((message.partition(" [guard added]")[0], traceback.StackSummary.from_list(frames)))
+
+
+@contextlib.contextmanager
+def guards_added() -> Iterator[list[tuple[str, traceback.StackSummary]]]:
+    """Collects each condition on a symbolic size that tracing inside the block relies on, with the stack it arose in."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    handler, level, propagate = _GuardLog(), logger.level, logger.propagate
+    others, logger.handlers = logger.handlers, [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield handler.found
+    finally:
+        logger.handlers = others
+        logger.setLevel(level)
+        logger.propagate = propagate

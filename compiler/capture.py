@@ -8,6 +8,7 @@ has a fake value on the CPU and an origin. No weight data is read.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import traceback
 from collections.abc import Callable, Mapping
@@ -18,9 +19,9 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from llmopt.compiler._torch import OpOverload
+from llmopt.compiler._torch import OpOverload, guards_added
 from llmopt.compiler.errors import CaptureError
-from llmopt.compiler.graph import Graph, Origin
+from llmopt.compiler.graph import Graph, Origin, type_of
 from llmopt.compiler.program import ModelFacts, Program, Weight, tensor_weight
 from llmopt.compiler.propagate import propagate, symbolic_inputs
 
@@ -47,15 +48,18 @@ def export_module(model: nn.Module, limit: int) -> ExportedProgram:
     # T = limit is left out: a table cut to all of its rows is a special case to export, and a constraint violated
     dims = {0: Dim("B", min=1, max=4096), 1: Dim("T", min=1, max=max(limit - 1, EXAMPLE_SHAPE[1] + 1))}
     modes = [(m, m.training) for m in model.modules()]
-    try:
+    model.eval()
+
+    def export() -> ExportedProgram:
         with torch.no_grad():
-            return torch.export.export(
-                model.eval(), (ids, positions), dynamic_shapes=(dims, dims), strict=False
-            )
+            return torch.export.export(model, (ids, positions), dynamic_shapes=(dims, dims), strict=False)
+
+    try:
+        return export()
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__}.forward(input_ids [B, T], position_ids [B, T]) cannot be captured: "
-            f"{_blame(error)}; wanted a forward that torch.export (non-strict) traces with any B and T; "
+            f"{_blame(error, export)}; wanted a forward that torch.export (non-strict) traces with any B and T; "
             "rewrite that line so that it does not depend on values or on one fixed size"
         ) from error
     finally:
@@ -63,17 +67,30 @@ def export_module(model: nn.Module, limit: int) -> ExportedProgram:
             module.training = training
 
 
-def _blame(error: BaseException) -> str:
+def _blame(error: Exception, export: Callable[[], Any]) -> str:
     """The reason torch gives, and the line of the model it was at."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     violated = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
-    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-    own = [f for f in frames if not any(part in f[0] for part in _NOT_THE_MODEL)]
-    at = f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]}: " if own else ""
+    at = _violation(export) if violated else _line_of(traceback.extract_tb(error.__traceback__))
     return f"{at}{type(error).__name__}: {(violated or lines or ['no message'])[0]}"
 
 
-_NOT_THE_MODEL = ("/torch/", "/llmopt/compiler/", "/integrations/", "<", "/contextlib.py", "/transformers/utils/")
+def _violation(export: Callable[[], Any]) -> str:
+    """Where a size was fixed or bounded: the last place in the model that compared one with a number."""
+    with guards_added() as guards, contextlib.suppress(Exception):
+        export()
+    places = [_line_of(stack) for guard, stack in guards if re.search(r"(?<![\w])\d", guard)]
+    return next((place for place in reversed(places) if place), "")
+
+
+def _line_of(stack: traceback.StackSummary) -> str:
+    """`file.py:88: ` of the innermost frame of the model below this file's call, or nothing."""
+    start = max((i for i, frame in enumerate(stack) if frame.filename == __file__), default=-1)
+    own = [f for f in stack[start + 1 :] if not any(part in f.filename for part in _NOT_THE_MODEL)]
+    return f"{own[-1].filename.rsplit('/', 1)[-1]}:{own[-1].lineno}: " if own else ""
+
+
+_NOT_THE_MODEL = ("/torch/", "/integrations/", "<", "/contextlib.py", "/transformers/utils/", __file__.rsplit("/", 1)[0])
 
 
 def capture(
@@ -250,9 +267,10 @@ def origin_of(node: fx.Node) -> Origin:
 def _check_logits(graph: Graph, facts: ModelFacts) -> None:
     outputs = graph.outputs()
     value = outputs[0].meta.get("val") if len(outputs) == 1 and isinstance(outputs[0], fx.Node) else None
-    if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[-1] != facts.vocab_size:
-        seen = tuple(value.shape) if isinstance(value, Tensor) else f"{len(outputs)} results"
+    wanted = (*graph.inputs()[0].meta["val"].shape, facts.vocab_size)
+    if not isinstance(value, Tensor) or str(tuple(value.shape)) != str(wanted):
+        seen = graph.named_sizes(type_of(value)) if isinstance(value, Tensor) else f"{len(outputs)} results"
         raise CaptureError(
             f"captured graph returns {seen}; wanted one tensor of logits [B, T, {facts.vocab_size}]; "
-            "return only the logits of every position from forward"
+            "return only the logits, and of every position, from forward"
         )

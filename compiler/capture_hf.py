@@ -8,9 +8,8 @@ indices, so the window comes from what the mask really does, and a mask that is 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llmopt.compiler import ops
 from llmopt.compiler._torch import concrete_values
 from llmopt.compiler.capture import capture
+from llmopt.compiler.checkpoint import (
+    checkpoint_dtype,
+    checkpoint_files,
+    eos_of,
+    generation_eos,
+    read_config,
+    stored_weight,
+)
 from llmopt.compiler.errors import CaptureError, InputError
-from llmopt.compiler.program import ModelFacts, Program, Weight, safetensors_weight, tensor_weight
+from llmopt.compiler.program import ModelFacts, Program, Weight, tensor_weight
 
 INTERFACE = "llmopt"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,7 @@ def capture_model(model: PreTrainedModel) -> Program:
             "class; load the checkpoint with AutoModelForCausalLM"
         )
     facts = facts_of(model.config, model.dtype, model.config.name_or_path or None)
+    facts = replace(facts, eos_token_ids=eos_of(model.generation_config))
     with _swapped(model):
         return _strip(capture(_Forward(model), facts))
 
@@ -158,35 +165,63 @@ def _strip(program: Program) -> Program:
 def capture_hf(source: str, dtype: torch.dtype | None = None) -> Program:
     """A Program of a transformers checkpoint folder or hub id; weights are read from safetensors when asked for.
 
-    `dtype` None keeps the checkpoint's. Raises InputError (no such folder, not a causal LM) or CaptureError.
+    `dtype` None keeps the checkpoint's. Raises InputError (no such folder, not a causal LM, weights missing or
+    quantised) or CaptureError.
     """
-    config = _config(source)
-    wanted = dtype or _checkpoint_dtype(config)
-    model = _empty_model(config, source, wanted)
-    eos = _generation_eos(source)
+    config = read_config(source)
+    wanted = dtype or checkpoint_dtype(config)
     facts = facts_of(config, wanted, source)
-    facts = facts if eos is None else ModelFacts(**{**facts.__dict__, "eos_token_ids": eos})
-    files = _checkpoint_files(Path(source)) if Path(source).is_dir() else {}
-    missing = {n for n, p in model.named_parameters() if n not in files}
-    if missing:  # names differ from the checkpoint's, or it lies in the hub's cache: transformers' own conversion
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
-        program = capture_model(loaded)
-        program.facts = facts
-        return program
+    eos = generation_eos(source)
+    facts = facts if eos is None else replace(facts, eos_token_ids=eos)
+    model = _empty_model(config, source, wanted)
+    files = checkpoint_files(Path(source)) if Path(source).is_dir() else {}
+    # names differ from the checkpoint's, or it lies in the hub's cache: transformers' own conversion
+    if model is None or any(name not in files for name, _ in model.named_parameters()):
+        return _loaded(source, wanted, facts)
 
     def weight(name: str, tensor: Tensor) -> Weight:
         key = name.removeprefix("model.")
         if key in files:
-            return safetensors_weight(files[key], key, wanted)
-        return tensor_weight(tensor, "computed from the config")
+            return stored_weight(files[key], key, tensor)
+        return tensor_weight(tensor, "meta" if tensor.is_meta else "computed from the config")
 
     with _swapped(model):
-        return _strip(capture(_Forward(model), facts, weight))
+        program = _strip(capture(_Forward(model), facts, weight))
+    if any(w.note == "meta" for w in program.weights.values()):  # a constant made outside of the model's buffers
+        return _loaded(source, wanted, facts)
+    return program
+
+
+def _loaded(source: str, dtype: torch.dtype, facts: ModelFacts) -> Program:
+    """The Program of the checkpoint as transformers loads it, whole; a tensor it would make up is an error."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"model {source!r}: transformers cannot load its weights ({str(error).splitlines()[0]}); wanted a checkpoint that "
+            "AutoModelForCausalLM loads; download it again"
+        ) from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise InputError(
+            f"model {source!r}: the checkpoint lacks {names[0]} ({len(names)} tensors in all); wanted every weight of "
+            f"{type(model).__name__}; download the checkpoint again, or save it with save_pretrained"
+        )
+    program = capture_model(model)
+    program.facts = facts
+    return program
 
 
 def capture_config(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> Program:
     """A Program of the structure alone: no weight exists, reading one is an error (compile-time studies)."""
     model = _empty_model(config, type(config).__name__, dtype)
+    if model is None:
+        raise CaptureError(
+            f"{type(config).__name__}: transformers cannot compute the model's buffers from the config alone; wanted a model "
+            "made of parameters and computed buffers; load a checkpoint"
+        )
 
     def weight(name: str, tensor: Tensor) -> Weight:
         return tensor_weight(tensor, "meta" if tensor.is_meta else "computed from the config")
@@ -195,25 +230,11 @@ def capture_config(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16
         return _strip(capture(_Forward(model), facts_of(config, dtype), weight))
 
 
-def _config(source: str) -> PretrainedConfig:
-    path = Path(source)
-    looks_local = source.startswith((".", "/", "~")) or path.exists()
-    if looks_local and not (path / "config.json").is_file():
-        seen = "no such folder" if not path.exists() else "a folder without config.json" if path.is_dir() else "a file"
-        raise InputError(
-            f"model {source!r}: {seen}; wanted a transformers checkpoint folder (config.json, *.safetensors) or a hub id"
-        )
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"model {source!r}: its config cannot be read ({str(error).splitlines()[0]}); wanted a checkpoint folder "
-            "with a valid config.json or a reachable hub id; check the path, or the network for a hub id"
-        ) from error
+def _empty_model(config: PretrainedConfig, source: str, dtype: torch.dtype) -> PreTrainedModel | None:
+    """The model on the meta device, its computed buffers (rotary frequencies, embedding scales) real.
 
-
-def _empty_model(config: PretrainedConfig, source: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the meta device, its computed buffers (rotary frequencies, embedding scales) real."""
+    None if transformers does not say how to compute one of them.
+    """
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
@@ -225,49 +246,25 @@ def _empty_model(config: PretrainedConfig, source: str, dtype: torch.dtype) -> P
     for module in model.modules():
         computed = [n for n in module._non_persistent_buffers_set if module._buffers[n] is not None]
         for name in computed:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+            module._buffers[name] = _unset(module._buffers[name])
         if computed:
             model._init_weights(module)
+        if any(_is_unset(module._buffers[n]) for n in computed):
+            return None
     model.tie_weights()
     return model.eval()
 
 
-def _checkpoint_dtype(config: PretrainedConfig) -> torch.dtype:
-    stored = getattr(config, "dtype", None) or torch.float32
-    stored = DTYPES.get(stored, stored) if isinstance(stored, str) else stored
-    if stored not in DTYPES.values():
-        raise InputError(
-            f"model dtype {stored}: not supported; wanted one of {', '.join(DTYPES)}; pass dtype=... to convert while loading"
-        )
-    return stored
+def _unset(like: Tensor) -> Tensor:
+    """A real tensor of values nothing computes."""
+    if like.dtype == torch.bool:
+        return torch.zeros(like.shape, dtype=torch.bool)
+    value = float("nan") if like.is_floating_point() else torch.iinfo(like.dtype).min
+    return torch.full(like.shape, value, dtype=like.dtype)
 
 
-def _generation_eos(source: str) -> tuple[int, ...] | None:
-    """The stop tokens of generation_config.json, which win over config.json's as in transformers."""
-    try:
-        eos = GenerationConfig.from_pretrained(source).eos_token_id
-    except OSError:
-        return None
-    return None if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-
-
-def _checkpoint_files(folder: Path) -> dict[str, Path]:
-    """tensor name -> the safetensors file of the folder that holds it; a missing shard is an error."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.is_file():
-        names = json.loads(index.read_text())["weight_map"]
-    elif single.is_file():
-        from safetensors import safe_open
-
-        with safe_open(single, framework="pt") as file:
-            names = dict.fromkeys(file.keys(), single.name)
-    else:
-        raise InputError(
-            f"model {str(folder)!r}: no model.safetensors and no model.safetensors.index.json; wanted safetensors "
-            "weights; convert the checkpoint with transformers' save_pretrained"
-        )
-    lost = sorted({f for f in names.values() if not (folder / f).is_file()})
-    if lost:
-        raise InputError(f"model {str(folder)!r}: the index names {lost[0]}, which is not there; download the shard again")
-    return {name: folder / file for name, file in names.items()}
+def _is_unset(tensor: Tensor) -> bool:
+    if tensor.dtype == torch.bool:
+        return not bool(tensor.any())
+    marked = tensor.isnan() if tensor.is_floating_point() else tensor == torch.iinfo(tensor.dtype).min
+    return bool(marked.any())

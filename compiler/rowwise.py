@@ -9,7 +9,7 @@ obey is refused. The same walk over B shows that sequences of a batch do not see
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -150,7 +150,7 @@ class _Rowwise:
     def view(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         name = target_name(node).removeprefix("aten.")
         if name in _ALONG:
-            self._not_along(node, inputs, None if name == "squeeze" else 0)
+            self._not_along(node, inputs)
         elif name in _RESHAPES:
             self._keeps_order(node, inputs)
 
@@ -170,9 +170,9 @@ class _Rowwise:
         merged = not self.is_tokens and str(value.shape[at].node.expr) == self.merged
         return str(expr * self.inner if merged else expr)
 
-    def _not_along(self, node: fx.Node, inputs: list[fx.Node], default: int | None) -> None:
+    def _not_along(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         """The axes named by the argument `dim` (all if there is none, or it is empty) are not the token axis."""
-        dim = _argument(node, "dim", default)
+        dim = _axis_argument(node)
         for source in inputs:
             rank = source.meta["val"].dim()
             dims = [dim] if isinstance(dim, int) else list(dim or range(rank))
@@ -181,7 +181,7 @@ class _Rowwise:
 
     def reduction(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         """Softmax, sums, scans and sorts: not over tokens."""
-        self._not_along(node, inputs, -1)
+        self._not_along(node, inputs)
 
     def norm(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         """Over the last axes; group_norm over all but the first."""
@@ -229,7 +229,7 @@ class _Rowwise:
             if own is None and not any(self.axes_of(p) for p in picks):
                 return
         elif name in ("aten.gather", "aten.index_select"):
-            self._not_along(node, [table], 0)
+            self._not_along(node, [table])
             if name == "aten.index_select" or self.axes_of(node.args[2]) == (axis,):
                 return
         self.fail(node, "looks up other tokens")
@@ -248,7 +248,7 @@ class _Rowwise:
         """Refused."""
         self.fail(node, "is not known to treat tokens one by one")
 
-    by_ir_name = {
+    by_ir_name: ClassVar = {
         "linear": last,
         "rms_norm": last,
         "gated": pointwise,
@@ -256,7 +256,7 @@ class _Rowwise:
         "rope": rope,
         "attention": attention,
     }
-    by_name = {
+    by_name: ClassVar = {
         **dict.fromkeys(REDUCTIONS, reduction),
         **dict.fromkeys(NORMS, norm),
         **dict.fromkeys(CONTRACTIONS, product),
@@ -265,10 +265,9 @@ class _Rowwise:
     }
 
 
-def _argument(node: fx.Node, name: str, default: Any) -> Any:
-    """The call's argument of this name; None where the op has no such argument."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    if name not in names:
-        return None
-    at = names.index(name)
-    return node.kwargs.get(name, node.args[at] if at < len(node.args) else default)
+def _axis_argument(node: fx.Node) -> Any:
+    """The call's argument `dim`, or its default; None where the op has no such argument."""
+    for at, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == "dim":
+            return node.args[at] if at < len(node.args) else node.kwargs.get("dim", argument.default_value)
+    return None

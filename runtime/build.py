@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from llmopt import codegen
 from llmopt.compiler import knobs
 from llmopt.compiler.capture import capture
-from llmopt.compiler.capture_hf import DTYPES, capture_hf, capture_model
+from llmopt.compiler.capture_hf import capture_hf, capture_model
+from llmopt.compiler.checkpoint import DTYPES
 from llmopt.compiler.errors import InputError, did_you_mean
 from llmopt.compiler.pipeline import Context, Hook, Pipeline, hooks_from_knobs
 from llmopt.compiler.program import ModelFacts, Program
