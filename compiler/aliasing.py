@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from llmopt.compiler._torch import OpOverload
@@ -27,6 +28,8 @@ def storages_of(nodes: Iterable[fx.Node]) -> set[int]:
 def written(node: fx.Node) -> set[int]:
     """Identities of the storages that this node's call writes to."""
     if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+        return set()
+    if node.target is torch.ops.aten.detach_.default:  # writes nothing but autograd's notes
         return set()
     found: set[int] = set()
     for at, declared in enumerate(node.target._schema.arguments):

@@ -30,7 +30,7 @@ from llmopt.compiler.program import ModelFacts, Program, Weight
 
 NAME = "fragment"  # the graph's name in the Program
 _COPIES = ("aten.clone", "aten.contiguous", "aten.to", "aten._to_copy")
-_ALIASES = ("aten.alias", "aten.detach")
+_ALIASES = ("aten.alias", "aten.detach", "aten.detach_")
 
 
 class Fixed:
@@ -235,7 +235,7 @@ class _Adopter:
                 return self._mode(node)
             if getattr(node.target, "__module__", "") not in ("_operator", "math", "torch"):
                 raise CaptureError(f"the graph calls {node.target} at {origin_of(node)}; wanted tensor calls only")
-        elif torch.Tag.inplace_view in node.target.tags:
+        elif torch.Tag.inplace_view in node.target.tags and target_name(node) not in _ALIASES:
             raise CaptureError(f"{node.target} at {origin_of(node)} changes a tensor's own shape")
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self.env[n])
         if node in self.hidden:

@@ -54,15 +54,17 @@ def llmopt(
     if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in example_inputs):
         report.fallback = "gradients are wanted"
         _warn_once(
+            "gradients",
             "llmopt compiles for inference, and gradients are on: the model runs as it is, uncompiled. Call it under "
-            "torch.no_grad() or torch.inference_mode(), or freeze it with model.requires_grad_(False)"
+            "torch.no_grad() or torch.inference_mode(), or freeze it with model.requires_grad_(False)",
         )
         return gm.forward
     compiled = compiler.compile(gm, example_inputs, strict, report)
     if report.fallback is not None:
         _warn_once(
+            "unrewritten",
             f"llmopt left a graph unrewritten ({report.fallback}); results are right, but slower than they could be. "
-            "options={'strict': True} makes this an error"
+            "llmopt.backend.reports lists all graphs; options={'strict': True} makes this an error",
         )
     return compiled
 
@@ -110,16 +112,17 @@ def _describe(value: Any) -> str:
     return type(value).__name__
 
 
-def _warn_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
+def _warn_once(topic: str, message: str) -> None:
+    if topic not in _said:
+        _said.add(topic)
         warnings.warn(message, stacklevel=3)
 
 
 def _warn_generate() -> None:
     _warn_once(
+        "generate",
         'torch.compile(model, backend="llmopt").generate(...) runs the original model, uncompiled, because generate is '
-        'looked up on it; call model.compile(backend="llmopt") instead, and then model.generate(...)'
+        'looked up on it; call model.compile(backend="llmopt") instead, and then model.generate(...)',
     )
 
 
