@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
@@ -32,6 +33,7 @@ __all__ = [
     "concrete_values",
     "fake_mode",
     "fake_tensor",
+    "faking",
     "free_unbacked_symbols",
     "guards_added",
     "statically_known_true",
@@ -41,6 +43,13 @@ __all__ = [
 def fake_mode() -> FakeTensorMode:
     """A fresh mode with its own shape environment."""
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+@contextlib.contextmanager
+def faking(mode: FakeTensorMode) -> Iterator[None]:
+    """Inside: ops run on fake values of `mode`, composite ops by their Python form, as those in C++ may ask for numbers."""
+    with torch.no_grad(), mode, enable_python_dispatcher():
+        yield
 
 
 def fake_tensor(

@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel, masking_utils
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    masking_utils,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -76,8 +81,8 @@ def _attention(
     unknown = {k for k, v in kwargs.items() if k not in _IGNORED and v is not None and v is not False}
     if unknown or not (kwargs.get("is_causal") or getattr(module, "is_causal", True)):
         raise CaptureError(
-            f"{type(module).__name__} calls its attention with {sorted(unknown) or 'is_causal=False'}, which llmopt.attention "
-            "does not model; wanted causal attention with scale, window, softcap and sinks only"
+            f"{type(module).__name__} calls its attention with {sorted(unknown) or 'is_causal=False'}, which "
+            "llmopt.attention does not model; wanted causal attention with scale, window, softcap and sinks only"
         )
     window = kwargs.get("sliding_window") or 0
     if isinstance(attention_mask, CausalMask):
@@ -136,15 +141,16 @@ def facts_of(config: PretrainedConfig, dtype: torch.dtype, tokenizer: str | None
     eos = text.eos_token_id if text.eos_token_id is not None else config.eos_token_id
     eos_ids = tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,)
     context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2048
-    return ModelFacts(type(config).__name__.removesuffix("Config"), text.vocab_size, int(context), eos_ids, dtype, tokenizer)
+    name = type(config).__name__.removesuffix("Config")
+    return ModelFacts(name, text.vocab_size, int(context), eos_ids, dtype, tokenizer)
 
 
 def capture_model(model: PreTrainedModel) -> Program:
     """A Program of a live transformers causal LM; its weights are the model's own tensors."""
     if not model.can_generate():
         raise CaptureError(
-            f"{type(model).__name__} is not a causal language model (it cannot generate); wanted an AutoModelForCausalLM "
-            "class; load the checkpoint with AutoModelForCausalLM"
+            f"{type(model).__name__} is not a causal language model (it cannot generate); wanted an "
+            "AutoModelForCausalLM class; load the checkpoint with AutoModelForCausalLM"
         )
     facts = facts_of(model.config, model.dtype, model.config.name_or_path or None)
     facts = replace(facts, eos_token_ids=eos_of(model.generation_config))
@@ -179,11 +185,13 @@ def capture_hf(source: str, dtype: torch.dtype | None = None) -> Program:
     if model is None or any(name not in files for name, _ in model.named_parameters()):
         return _loaded(source, wanted, facts)
 
+    computed = _buffers_to_meta(model)
+
     def weight(name: str, tensor: Tensor) -> Weight:
         key = name.removeprefix("model.")
         if key in files:
             return stored_weight(files[key], key, tensor)
-        return tensor_weight(tensor, "meta" if tensor.is_meta else "computed from the config")
+        return _computed_weight(computed.get(key, tensor))
 
     with _swapped(model):
         program = _strip(capture(_Forward(model), facts, weight))
@@ -200,8 +208,8 @@ def _loaded(source: str, dtype: torch.dtype, facts: ModelFacts) -> Program:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"model {source!r}: transformers cannot load its weights ({str(error).splitlines()[0]}); wanted a checkpoint that "
-            "AutoModelForCausalLM loads; download it again"
+            f"model {source!r}: transformers cannot load its weights ({str(error).splitlines()[0]}); wanted a "
+            "checkpoint that AutoModelForCausalLM loads; download it again"
         ) from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
@@ -219,12 +227,14 @@ def capture_config(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16
     model = _empty_model(config, type(config).__name__, dtype)
     if model is None:
         raise CaptureError(
-            f"{type(config).__name__}: transformers cannot compute the model's buffers from the config alone; wanted a model "
-            "made of parameters and computed buffers; load a checkpoint"
+            f"{type(config).__name__}: transformers cannot compute the model's buffers from the config alone; wanted a "
+            "model made of parameters and computed buffers; load a checkpoint"
         )
 
+    computed = _buffers_to_meta(model)
+
     def weight(name: str, tensor: Tensor) -> Weight:
-        return tensor_weight(tensor, "meta" if tensor.is_meta else "computed from the config")
+        return _computed_weight(computed.get(name.removeprefix("model."), tensor))
 
     with _swapped(model):
         return _strip(capture(_Forward(model), facts_of(config, dtype), weight))
@@ -253,6 +263,19 @@ def _empty_model(config: PretrainedConfig, source: str, dtype: torch.dtype) -> P
             return None
     model.tie_weights()
     return model.eval()
+
+
+def _buffers_to_meta(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Take the real buffers out, so that one device is left to trace on; their values by name."""
+    values = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
+    for name, value in values.items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = value.to("meta")
+    return values
+
+
+def _computed_weight(tensor: Tensor) -> Weight:
+    return tensor_weight(tensor, "meta" if tensor.is_meta else "computed from the config")
 
 
 def _unset(like: Tensor) -> Tensor:

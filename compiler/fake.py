@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from llmopt.compiler._torch import FakeTensor, FakeTensorMode, free_unbacked_symbols, statically_known_true
+from llmopt.compiler._torch import FakeTensor, FakeTensorMode, faking, free_unbacked_symbols, statically_known_true
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -92,11 +92,8 @@ class Fakes:
     def _compute(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         mode = self._find_mode()
-        with torch.no_grad():
-            if mode is None:
-                return target(*values[0], **values[1])
-            with mode:
-                return target(*values[0], **values[1])
+        with torch.no_grad() if mode is None else faking(mode):
+            return target(*values[0], **values[1])
 
     def _find_mode(self) -> FakeTensorMode | None:
         if not self._mode_known:

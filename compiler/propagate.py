@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from llmopt.compiler._torch import FakeTensorMode, fake_mode, fake_tensor
+from llmopt.compiler._torch import FakeTensorMode, fake_mode, fake_tensor, faking
 from llmopt.compiler.errors import VerifyError
 from llmopt.compiler.graph import Graph, target_name, where
 from llmopt.compiler.program import Weight
@@ -42,7 +42,7 @@ def propagate(graph: Graph, symbols: Symbols, weights: Mapping[str, Weight]) -> 
     Inputs not in `symbols.inputs` keep no value. Raises VerifyError naming the node whose op refuses its arguments.
     """
     values: dict[fx.Node, Any] = {}
-    with symbols.mode:
+    with faking(symbols.mode):
         for node in graph.fx.nodes:
             if node.op == "output":
                 continue

@@ -12,7 +12,7 @@ from llmopt.compiler.graph import Graph, target_name
 
 _SAME_TYPE = {"aten.to", "aten._to_copy", "aten.contiguous", "aten.clone", "aten.type_as"}
 _SAME_SHAPE = {"aten.view", "aten.reshape", "aten.expand", "aten._unsafe_view"}
-_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+_VIEWS = {"aten.view", "aten._unsafe_view"}
 _UNITS = {"aten.mul": 1, "aten.div": 1, "aten.add": 0, "aten.sub": 0}
 
 
@@ -46,7 +46,7 @@ def _put_literal(node: fx.Node, value: int) -> None:
 def drop_noops(graph: Graph) -> None:
     """Replace nodes that return their first argument unchanged (same shape and dtype, so same value)."""
     for node in list(graph.fx.nodes):
-        if node.target in _VIEWS:  # a view may have been legal only because of a `contiguous` that is dropped here
+        if target_name(node) in _VIEWS and len(node.args) == 2:  # a view may have been legal only because of a `contiguous` that is dropped here
             node.target = torch.ops.aten.reshape.default
         if node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node) and _is_noop(node):
             node.replace_all_uses_with(node.args[0])

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from llmopt.compiler import ops
+from llmopt.compiler._torch import faking
 from llmopt.compiler.graph import Graph, origin, target_name
 from llmopt.compiler.pipeline import Context, Pass, PassStats
 from llmopt.compiler.program import Fold, Program
@@ -135,7 +136,7 @@ def _merge(graph: Graph, nodes: list[fx.Node], program: Program) -> None:
     biases = [n.args[2] for n in nodes if len(n.args) > 2 and n.args[2] is not None]
     bias = _concat(graph, first, biases, program) if biases else None
     assert graph.symbols is not None
-    with graph.fx.inserting_before(first), graph.symbols.mode:
+    with graph.fx.inserting_before(first), faking(graph.symbols.mode):
         made = _call(graph, first, ops.linear.overload, (first.args[0], weight, bias))
         parts = _call(graph, first, torch.ops.aten.split_with_sizes.default, (made, sizes, -1))
         for i, node in enumerate(nodes):
