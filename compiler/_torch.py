@@ -121,7 +121,7 @@ def inductor_source(
         return lambda *args: None
 
     mode = next(i.fake_mode for i in inputs if isinstance(i, FakeTensor))
-    with torch.no_grad(), mode:
+    with faking(mode):
         graph = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
     known = {key: value for key, value in options.items() if _has(config, key)}
     with config.patch(known), mock.patch.object(AsyncCompile, "cpp_pybinding", record):
