@@ -1,4 +1,4 @@
-"""Capture: where nodes say they come from, how a graph prints, which weights it reads, and that a model stays as it was."""
+"""Capture: where nodes come from, how a graph prints, which weights it reads, and that a model stays as it was."""
 
 from __future__ import annotations
 

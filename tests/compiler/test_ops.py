@@ -84,8 +84,8 @@ def _free_sizes(name: str) -> dict[int, tuple[str | None, ...]]:
         "gated": {0: ("B", "T", None), 1: ("B", "T", None)},
         "kv_write": {0: ("P", None, None, None), 1: (None, None, "N", None), 2: ("N",)},
         "attend": {
-            0: (None, None, "N", None), 1: ("P", None, None, None), 2: ("P", None, None, None), 3: ("S", "M"), 4: ("N",),
-            5: (None, "N"),
+            0: (None, None, "N", None), 1: ("P", None, None, None), 2: ("P", None, None, None), 3: ("S", "M"),
+            4: ("N",), 5: (None, "N"),
         },
     }  # fmt: skip
     return known.get(name, tokens)
