@@ -105,7 +105,7 @@ LLMOPT_INLINE void mix(const float* p, const float* const* values, int64_t begin
   Vec sum[C];
   for (int c = 0; c < C; ++c) sum[c] = load(acc + d + c * LANES);
   for (int64_t j = begin; j < end; ++j) {
-    for (int c = 0; c < C; ++c) sum[c] += p[j] * load(values[j] + d + c * LANES);
+    for (int c = 0; c < C; ++c) sum[c] = fma(splat(p[j]), load(values[j] + d + c * LANES), sum[c]);
   }
   for (int c = 0; c < C; ++c) store(acc + d + c * LANES, sum[c]);
 }
@@ -140,7 +140,7 @@ void row_block(const AttendArgs<T>& a, float* s, int64_t begin, int64_t end, con
   for (; d + 4 * LANES <= a.Dv; d += 4 * LANES) mix<4>(s, values, begin, end, d, acc);
   for (; d + LANES <= a.Dv; d += LANES) mix<1>(s, values, begin, end, d, acc);
   for (; d < a.Dv; ++d)
-    for (int64_t j = begin; j < end; ++j) acc[d] += s[j] * values[j][d];
+    for (int64_t j = begin; j < end; ++j) acc[d] = std::fma(s[j], values[j][d], acc[d]);
 }
 
 template <typename T>

@@ -13,8 +13,10 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace llmopt {
@@ -36,6 +38,20 @@ typedef uint32_t WideBits __attribute__((vector_size(LANES * 4)));
 
 LLMOPT_INLINE Vec splat(float x) {
   return x - Vec{};
+}
+
+// a * b + c rounded once where the CPU can: written out, since a compiler that contracts at its own choice gives the same
+// sum other bits in another loop.
+LLMOPT_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX__) && defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
 }
 
 LLMOPT_INLINE Vec load(const float* p) {
@@ -156,7 +172,7 @@ LLMOPT_INLINE void dots(const T* const* rows, const float* xs, int64_t stride, i
       Vec x = load(xs + m * stride + k);
       LLMOPT_KEEP(x);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[r * M + m] += w[r] * x;
+      for (int r = 0; r < R; ++r) acc[r * M + m] = fma(w[r], x, acc[r * M + m]);
     }
   }
   if (k < K) {
@@ -165,7 +181,7 @@ LLMOPT_INLINE void dots(const T* const* rows, const float* xs, int64_t stride, i
     for (int m = 0; m < M; ++m) {
       Vec x = load_part(xs + m * stride + k, rest);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[r * M + m] += load_part(rows[r] + k, rest) * x;
+      for (int r = 0; r < R; ++r) acc[r * M + m] = fma(load_part(rows[r] + k, rest), x, acc[r * M + m]);
     }
   }
   lane_sums<R * M>(acc, sums);
@@ -189,15 +205,15 @@ LLMOPT_INLINE Vec exp_of(Vec x) {
   x = select(x > splat(88.0f), splat(88.0f), x);
   const Vec round = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   Vec n = (x * 1.44269504088896341f + round) - round;
-  Vec r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
+  Vec r = fma(n, splat(-0.693359375f), x);
+  r = fma(n, splat(2.12194440e-4f), r);
   Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + 1.0f;
   IVec power = (__builtin_convertvector(n, IVec) + 127) << 23;
   return select(tiny, Vec{}, p * (Vec)power);
 }
@@ -207,11 +223,11 @@ LLMOPT_INLINE Vec tanh_of(Vec x) {
   size = select(size > splat(40.0f), splat(40.0f), size);
   Vec z = x * x;
   Vec p = splat(-5.70498872745e-3f);  // Cephes tanhf, |x| < 0.625
-  p = p * z + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  Vec small = p * z * x + x;
+  p = fma(p, z, splat(2.06390887954e-2f));
+  p = fma(p, z, splat(-5.37397155531e-2f));
+  p = fma(p, z, splat(1.33314422036e-1f));
+  p = fma(p, z, splat(-3.33332819422e-1f));
+  Vec small = fma(p * z, x, x);
   Vec large = 1.0f - 2.0f / (exp_of(size + size) + 1.0f);
   large = select(x < Vec{}, -large, large);
   return select(size < splat(0.625f), small, large);
