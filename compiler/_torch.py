@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import traceback
 import functools
+import logging
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -187,7 +187,9 @@ def inductor_compile(graph: fx.GraphModule, inputs: Sequence[Any], options: dict
     """Compile a graph through AOTAutograd and Inductor, as torch.compile's own backend does."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(graph, list(inputs), config_patches=options)
+    compiled = compile_fx(graph, list(inputs), config_patches=options)
+    assert callable(compiled)
+    return compiled
 
 
 def inductor_options() -> list[str]:
@@ -205,7 +207,8 @@ def on_generate(backend: Callable[..., Any], say: Callable[[], None]) -> None:
 
     def generate(self: OptimizedModule) -> Any:
         found = self.__getattr__("generate")
-        if getattr(innermost_backend(self.dynamo_ctx.callback), "compiler_fn", None) is not backend:
+        callback: Any = self.dynamo_ctx.callback
+        if getattr(innermost_backend(callback), "compiler_fn", None) is not backend:
             return found
 
         @functools.wraps(found)
@@ -215,7 +218,7 @@ def on_generate(backend: Callable[..., Any], say: Callable[[], None]) -> None:
 
         return call
 
-    OptimizedModule.generate = property(generate)
+    OptimizedModule.generate = property(generate)  # type: ignore[attr-defined]
 
 
 def is_dynamo_restart(error: BaseException) -> bool:

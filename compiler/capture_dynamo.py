@@ -273,7 +273,7 @@ def _results(traced: fx.GraphModule) -> tuple[Any, ...]:
 
 
 def _check_calls(fragment: Fragment, graph: Graph) -> None:
-    order = [n.args[0] for n in graph.calls() if isinstance(n.target, Fixed)]
+    order: list[Any] = [n.args[0] for n in graph.calls() if isinstance(n.target, Fixed)]
     if order != sorted(order) or len(set(order)) != len(order):
         raise RewriteError(f"a pass moved calls across writes (now in the order {order}); it must leave Fixed calls")
     known = {*fragment.arguments, *fragment.constants}
