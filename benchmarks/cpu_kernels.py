@@ -11,12 +11,8 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
-import os
-import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +25,7 @@ from rich.table import Table
 
 from llmopt.codegen.cpp import linear_cpp, load_library
 from llmopt.compiler.target import cxx
+from llmopt.runtime.measure import environment, write_json
 
 SHAPES = {"qkv": (1024, 512), "o": (512, 512), "gate_up": (2816, 512), "down": (512, 1408), "head": (8192, 512)}
 USES = {"qkv": 8, "o": 8, "gate_up": 8, "down": 8, "head": 1}
@@ -113,26 +110,6 @@ def per_token(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
     return found
 
 
-def cpu_name() -> str:
-    """The CPU as the system calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def commit() -> str:
-    """The commit measured, with a plus if files differ from it."""
-    here = Path(__file__).parent
-    try:
-        described = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-        return subprocess.run(described, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def show(result: dict[str, Any]) -> None:
     """A table of medians as shares of the read bandwidth."""
     table = Table(title=f"reading: {result['read_gbs']:.1f} GB/s on {result['threads']} threads")
@@ -148,15 +125,6 @@ def show(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Write JSON under a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(result, file, indent=2)
-        file.write("\n")
-    os.replace(file.name, path)
-
-
 def main() -> None:
     """Read the arguments, measure, print, store."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -170,17 +138,13 @@ def main() -> None:
     with torch.inference_mode():
         result = measure(options.rounds, getattr(torch, options.dtype))
     result = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit(),
-        "cpu": cpu_name(),
-        "torch": torch.__version__,
-        "threads": options.threads,
+        **environment(),
         "dtype": options.dtype,
         **result,
     }
     show(result)
     if options.out:
-        write(options.out, result)
+        write_json(options.out, result)
 
 
 if __name__ == "__main__":

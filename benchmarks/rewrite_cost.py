@@ -16,17 +16,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import os
-import platform
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +35,7 @@ from llmopt.compiler.graph import Graph, Origin
 from llmopt.compiler.op import OPS
 from llmopt.compiler.pattern import Call, Var, aten, overload_of
 from llmopt.compiler.rewrite import Builder, Match, Rule, apply_rules
+from llmopt.runtime.measure import environment, write_json
 
 SIZES = (1_000, 10_000, 100_000)
 UNARY = ("tanh", "sigmoid", "relu", "exp", "abs", "cos", "sin", "neg", "sqrt", "floor")
@@ -290,17 +285,6 @@ def exponent(rows: list[dict[str, Any]], key: str) -> float:
     return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
 
 
-def git(*args: str) -> str:
-    """What a git command prints, run beside this file."""
-    done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def commit() -> str:
-    """The commit measured, marked if the compiler's files differ from it."""
-    return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "../compiler") else "")
-
-
 def report(rows: list[dict[str, Any]], growth: dict[str, float]) -> None:
     table = Table(title="50 rules, CPU seconds (median)")
     for column in ("nodes", "rewrites", "llmopt", "Inductor", "ratio", "us/node"):
@@ -311,14 +295,6 @@ def report(rows: list[dict[str, Any]], growth: dict[str, float]) -> None:
         table.add_row(f"{r['nodes']:,}", f"{r['rewrites']:,}", *seconds, *cost)
     Console().print(table)
     Console().print(f"growth exponent: llmopt {growth['llmopt']:.3f}, Inductor {growth['inductor']:.3f}")
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(result, file, indent=1)
-        file.write("\n")
-    os.replace(file.name, path)
 
 
 def main() -> None:
@@ -334,14 +310,15 @@ def main() -> None:
     if growth:
         report(rows, growth)
     result = {
-        "command": " ".join(["python", *sys.argv]), "commit": commit(), "date": datetime.now(UTC).isoformat(),
-        "platform": platform.platform(), "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(), "torch": torch.__version__, "rules": len(descriptions()),
-        "clock": "process_time", "load_average": os.getloadavg(),
-        "growth_exponent": growth, "sizes": rows,
-    }  # fmt: skip
+        **environment(),
+        "rules": len(descriptions()),
+        "clock": "process_time",
+        "load_average": os.getloadavg(),
+        "growth_exponent": growth,
+        "sizes": rows,
+    }
     if args.out:
-        write(args.out, result)
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":

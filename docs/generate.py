@@ -65,6 +65,34 @@ def models() -> str:
     return str(markdown())
 
 
+def decode_cpu() -> str:
+    """Decoding against transformers."""
+    figures = result("decode-cpu.json")
+    settings = figures["settings"]
+    lines = [
+        f"{Path(settings['model']).name}, {settings['dtype']}, {settings['prompt_tokens']} prompt and {settings['new_tokens']} new "
+        f"tokens, {figures['cpu']}, {figures['threads']} threads, torch {figures['torch']}; peers interleaved in one process, greedy "
+        "tokens identical. The last column is the share of the read bandwidth measured in the same rounds "
+        f"({figures['read_bandwidth_bytes_per_s'] / 1e9:.0f} GB/s) that the weights and cache read take up.",
+        "",
+        "| batch | | tokens/s (decode) | first token | of read bandwidth |",
+        "|---|---|---|---|---|",
+    ]
+    for row in figures["results"]:
+        lines.append(
+            f"| {row['batch']} | {NOTES[row['peer']]} | {row['decode_tokens_per_s']:.0f} | "
+            f"{row['first_token_ms']:.0f} ms | {row['read_bandwidth_share']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+NOTES = {
+    "llmopt": "**llmopt**",
+    "hf-eager": "transformers `generate`",
+    "hf-inductor": "transformers StaticCache + `torch.compile`",
+}
+
+
 def compile_cost() -> str:
     """Rewriting against torch's matcher, and compiling a 70B config."""
     rewrite, model = result("rewrite-cost.json"), result("compile-cost.json")
@@ -83,7 +111,7 @@ def compile_cost() -> str:
 
 
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"recipes": recipes, "models": models, "compile-cost": compile_cost},
+    "README.md": {"recipes": recipes, "models": models, "decode-cpu": decode_cpu, "compile-cost": compile_cost},
     "docs/passes.md": {"insert-kv-cache": kv_cache_graphs},
 }
 

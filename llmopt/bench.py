@@ -27,7 +27,7 @@ from llmopt.compiler._torch import compiled_graphs
 from llmopt.compiler.errors import InputError, VerifyError, did_you_mean
 from llmopt.compiler.graph import target_name
 from llmopt.compiler.program import Program
-from llmopt.runtime.measure import environment, read_bandwidth
+from llmopt.runtime.measure import ReadBandwidth, environment
 
 
 @dataclass(frozen=True)
@@ -246,13 +246,14 @@ def measure(
     for name in settings.peers:
         peers[name] = PEERS[name](settings, lambda stage, name=name: progress(f"{name}: {stage}"))
     reference = peers.get("hf-eager") or Eager(settings)
-    progress("read bandwidth")
-    bandwidth = read_bandwidth()
+    bandwidths: list[float] = []
     results = []
     for batch in settings.batches:
         prompts = prompts_for(vocab, batch, settings.prompt_tokens)
         found = _warm_up(peers, reference, prompts, settings, progress)
+        reading = ReadBandwidth()
         for index in range(settings.rounds):
+            reading()
             for name, peer in peers.items():
                 progress(f"batch {batch}, round {index + 1} of {settings.rounds}: {name}")
                 timing = peer.generate(prompts, settings.new_tokens)
@@ -260,12 +261,14 @@ def measure(
                 found[name].first.append(timing.first)
         context = settings.prompt_tokens + settings.new_tokens / 2
         needed = step_bytes(ours.model.program, batch, context)
-        results += [f.to_dict(settings, needed, bandwidth) for f in found.values()]
+        results += [f.to_dict(settings, needed, reading.median()) for f in found.values()]
+        bandwidths += reading.seen
     peaks = {name: peak_memory(name, settings, progress) for name in peers} if memory else {}
     return {
         **environment(),
         "settings": asdict(settings),
-        "read_bandwidth_bytes_per_s": bandwidth,
+        "read_bandwidth_bytes_per_s": statistics.median(bandwidths),
+        "read_bandwidth_rounds": bandwidths,
         "peers": {name: peer.note for name, peer in peers.items()},
         "peak_rss_bytes": peaks,
         "load_average": os.getloadavg()[0],

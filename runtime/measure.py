@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -51,15 +52,29 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def read_bandwidth(megabytes: int = 512, repeats: int = 8) -> float:
-    """Bytes per second of the fastest of `repeats` sums over a tensor far larger than the caches, all threads."""
-    data = torch.ones(megabytes * 2**18)
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - started)
-    return data.numel() * 4 / best
+class ReadBandwidth:
+    """Measures plain reading: calling it gives bytes per second of the fastest of a few sums over a large tensor.
+
+    The tensor (fp32, all threads) is far larger than the caches. A shared machine's bandwidth moves from minute to
+    minute, so a benchmark calls this in each of its rounds and takes the median.
+    """
+
+    def __init__(self, megabytes: int = 512) -> None:
+        self.data = torch.ones(megabytes * 2**18)
+        self.seen: list[float] = []
+
+    def __call__(self, repeats: int = 4) -> float:
+        best = float("inf")
+        for _ in range(repeats):
+            started = time.perf_counter()
+            self.data.sum()
+            best = min(best, time.perf_counter() - started)
+        self.seen.append(self.data.numel() * 4 / best)
+        return self.seen[-1]
+
+    def median(self) -> float:
+        """Of all calls so far."""
+        return statistics.median(self.seen)
 
 
 def write_json(path: Path, figures: Mapping[str, Any]) -> None:
