@@ -15,6 +15,8 @@ KEY := $(shell { cat pyproject.toml; test -z "$(LISTED)" || find $(LISTED) -type
 	| cksum | cut -d' ' -f1)
 INSTALLED := $(VENV)/.installed-$(KEY)
 
+# one worker a core, each on one thread: two pools of spinning OpenMP threads on the same cores cost far more than they give
+JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 CPU_LANE := not gpu and not multigpu and not interp and not xcompile
 
 .PHONY: help install demo test dev lint types bench clean
@@ -38,7 +40,7 @@ demo: install
 
 # the lanes `interp` and `xcompile` need a process of their own; 5 is pytest's "no tests collected"
 test: install
-	@$(BIN)/pytest -m "$(CPU_LANE)" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "$(CPU_LANE)" $(ARGS)
 	@for lane in interp xcompile; do \
 		grep -rqE "pytest\.mark\.$$lane\b" tests --include='*.py' || continue; \
 		[ $$lane = interp ] && flag=1 || flag=0; \

@@ -132,6 +132,18 @@ def cpp_available() -> str | None:
     return None
 
 
+def compiler_fails() -> str | None:
+    """None if the C++ compiler starts and answers, else the reason why not: regions need it even if the kernels are cached."""
+    command = cxx()
+    if command is None:
+        return "no C++ compiler was found: install g++ or clang++, or let CXX name one"
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"C++ compiler {command[0]} does not start ({error})"
+    return None if done.returncode == 0 else f"C++ compiler {command[0]} failed with exit code {done.returncode}; let CXX name a working one"
+
+
 @functools.cache
 def load_library() -> Path:
     """Load the kernels, building them unless the cache has them; returns the library's path. Raises BuildError."""

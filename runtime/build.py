@@ -77,7 +77,7 @@ def build(
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
     passes = recipe.build(PASSES)
     target = Target.parse(target) if isinstance(target, str) else target or Target.detect()
-    target = codegen.usable(target)
+    target = codegen.usable(target, knobs.provider() or recipe.providers)
     context = Context(target, recipe, knobs.bisect())
     report = Report()
     started = time.perf_counter()

@@ -159,7 +159,7 @@ class FragmentCompiler:
 def make_compiler(recipe: Recipe, target: Target, inductor: dict[str, Any]) -> FragmentCompiler:
     """A compiler for what works on this machine. Raises InputError if the options contradict each other."""
     structural_passes(recipe)
-    made = FragmentCompiler(recipe, codegen.usable(target), inductor)
+    made = FragmentCompiler(recipe, codegen.usable(target, recipe.providers), inductor)
     if inductor and not made.uses_inductor:
         raise InputError(
             f"options['inductor'] is set, but recipe {recipe.name!r} on target {made.target.name} runs without "

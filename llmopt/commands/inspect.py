@@ -46,7 +46,7 @@ class Subject:
         recipe = Recipe.parse(self.recipe)
         passes = insert_passes(recipe.build(PASSES), [load_pass(spec) for spec in self.extra])
         target = Target.parse(self.target) if self.target else Target.detect()
-        return passes, Context(codegen.usable(target), recipe, knobs.bisect())
+        return passes, Context(codegen.usable(target, recipe.providers), recipe, knobs.bisect())
 
     def capture(self, context: Context) -> Program:
         """The program before any pass."""

@@ -1,0 +1,49 @@
+"""README and docs say what the recipes, the tests and the result files say."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("block", ["recipes", "models", "decode-cpu", "compile-cost"])
+def test_the_readme_is_up_to_date(generate: ModuleType, block: str) -> None:
+    text = (ROOT / "README.md").read_text()
+    assert generate.filled(text, block, generate.BLOCKS["README.md"][block]()) == text
+
+
+def test_the_pass_page_shows_the_graph_before_and_after() -> None:
+    # the text itself follows the versions of torch and transformers, so only its substance is compared
+    before, after = (ROOT / "docs" / "passes.md").read_text().split("```python\n")[1:3]
+    assert before.startswith("def forward(input_ids: i64[B, T], position_ids: i64[B, T]):")
+    assert "= attention(" in before
+    assert after.startswith("def step(input_ids: i64[1, N], position_ids: i64[1, N], slots: i64[N], seq_ids: i64[N]")
+    assert "attention(" not in after
+    assert after.count("= kv_write(") == 2
+    assert after.count("= attend(") == 1
+
+
+def test_a_block_without_markers_is_an_error(generate: ModuleType) -> None:
+    with pytest.raises(KeyError, match="add the lines"):
+        generate.filled("no markers here", "recipes", "x")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/passes.md", "docs/torch_compile.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), f"{page} links to {target}"
