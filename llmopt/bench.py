@@ -266,7 +266,7 @@ def measure(
     peaks = {name: peak_memory(name, settings, progress) for name in peers} if memory else {}
     return {
         **environment(),
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "model": Path(settings.model).name},
         "read_bandwidth_bytes_per_s": statistics.median(bandwidths),
         "read_bandwidth_rounds": bandwidths,
         "peers": {name: peer.note for name, peer in peers.items()},

@@ -22,7 +22,7 @@ import torch
 def environment() -> dict[str, Any]:
     """Command line, commit, date, CPU, threads, and versions of what a figure may depend on."""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *(_local(a) for a in sys.argv)]),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
@@ -32,6 +32,11 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
     }
+
+
+def _local(argument: str) -> str:
+    """Absolute paths by their last part: where a folder lies on one machine says nothing on another."""
+    return Path(argument).name if argument.startswith(("/", "~")) else argument
 
 
 def commit() -> str:
