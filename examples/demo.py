@@ -12,7 +12,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 MODEL = Path(__file__).resolve().parent / "models" / "pico-llama-4m"
-PROMPT = "def fibonacci(n):\n"
+PROMPT = 'class Config:\n    """Configuration of the server."""\n\n    def __init__(self, host, port):'
 
 
 def main() -> None:
