@@ -90,7 +90,8 @@ def _line_of(stack: traceback.StackSummary) -> str:
     return f"{own[-1].filename.rsplit('/', 1)[-1]}:{own[-1].lineno}: " if own else ""
 
 
-_NOT_THE_MODEL = ("/torch/", "/integrations/", "<", "/contextlib.py", "/transformers/utils/", __file__.rsplit("/", 1)[0])
+_HERE = __file__.rsplit("/", 1)[0]
+_NOT_THE_MODEL = ("/torch/", "/integrations/", "<", "/contextlib.py", "/transformers/utils/", _HERE)
 
 
 def capture(
@@ -125,10 +126,11 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
     signature = functional.graph_signature
     changed = {*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()}
     if changed:
+        lines = ", ".join(sorted({_source(n) for n in writes}))
         raise CaptureError(
-            f"forward writes to {', '.join(sorted(changed))} ({', '.join(sorted({_source(n) for n in writes}))}): a call would "
-            "depend on the calls before it; wanted a forward that keeps nothing between calls; compute the value anew or "
-            "pass it in"
+            f"forward writes to {', '.join(sorted(changed))} ({lines}): a call "
+            "would depend on the calls before it; wanted a forward that keeps nothing between calls; compute the value "
+            "anew or pass it in"
         )
     return functional
 
@@ -140,8 +142,8 @@ def _check_inputs(
     nodes = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name not in tensors]
     if len(nodes) != 2:
         raise CaptureError(
-            f"captured graph takes {[str(n.target) for n in nodes]}; wanted exactly (input_ids [B, T], position_ids [B, T]); "
-            "wrap the model in a module whose forward takes these two and returns the logits"
+            f"captured graph takes {[str(n.target) for n in nodes]}; wanted exactly (input_ids [B, T], position_ids "
+            "[B, T]); wrap the model in a module whose forward takes these two and returns the logits"
         )
     values = [n.meta.get("val") for n in nodes]
     for name, value in zip(("input_ids", "position_ids"), values, strict=True):
@@ -151,14 +153,15 @@ def _check_inputs(
     first, second = (tuple(v.shape) for v in values)
     if not all(isinstance(size, torch.SymInt) for size in first) or str(first) != str(second):
         raise CaptureError(
-            f"captured graph takes input_ids {first} and position_ids {second}: sizes are fixed or differ; wanted [B, T] of both "
-            "with B and T dynamic; export with dynamic_shapes=({0: Dim('B'), 1: Dim('T')},) * 2"
+            f"captured graph takes input_ids {first} and position_ids {second}: sizes are fixed or differ; "
+            "wanted [B, T] of both with B and T dynamic; export with dynamic_shapes=({0: Dim('B'), 1: Dim('T')},) * 2"
         )
     longest = exported.range_constraints.get(first[1].node.expr)
     if longest is not None and longest.upper < facts.context_length - 1:
         raise CaptureError(
             f"captured graph holds for at most T = {longest.upper} tokens, but the context is {facts.context_length}; "
-            "wanted a graph for the whole context; export with a larger Dim('T', max=...), or pass facts with that context_length"
+            "wanted a graph for the whole context; export with a larger Dim('T', max=...), or pass facts "
+            "with that context_length"
         )
 
 
@@ -214,8 +217,8 @@ def _adopt_input(
 def _adopt_call(new: fx.Graph, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     if node.op != "call_function":
         raise CaptureError(
-            f"captured graph holds {node.op} {node.target!r} at {_source(node)}: control flow or a nested graph; wanted "
-            "plain tensor calls only; move the autocast/grad-mode/cond block out of the model's forward"
+            f"captured graph holds {node.op} {node.target!r} at {_source(node)}: control flow or a nested graph; "
+            "wanted plain tensor calls only; move the autocast/grad-mode/cond block out of the model's forward"
         )
     if _target(node) in _ALIASES:
         return env[node.args[0]]  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""What is read of a transformers checkpoint before any weight is: config, stop tokens, and which file holds which tensor."""
+"""What is read of a transformers checkpoint before its weights: config, stop tokens, which file holds which tensor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def read_config(source: str) -> PretrainedConfig:
     if looks_local and not (path / "config.json").is_file():
         seen = "no such folder" if not path.exists() else "a folder without config.json" if path.is_dir() else "a file"
         raise InputError(
-            f"model {source!r}: {seen}; wanted a transformers checkpoint folder (config.json, *.safetensors) or a hub id"
+            f"model {source!r}: {seen}; wanted a transformers checkpoint folder (config.json, *.safetensors) or a "
+            "hub id"
         )
     try:
         config = AutoConfig.from_pretrained(source)
@@ -47,7 +48,8 @@ def checkpoint_dtype(config: PretrainedConfig) -> torch.dtype:
     stored = DTYPES.get(stored, stored) if isinstance(stored, str) else stored
     if stored not in DTYPES.values():
         raise InputError(
-            f"model dtype {stored}: not supported; wanted one of {', '.join(DTYPES)}; pass dtype=... to convert while loading"
+            f"model dtype {stored}: not supported; wanted one of {', '.join(DTYPES)}; pass dtype=... to convert "
+            "while loading"
         )
     return stored
 
@@ -92,7 +94,10 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
         )
     lost = sorted({str(f) for f in names.values() if not (folder / f).is_file()})
     if lost:
-        raise InputError(f"model {str(folder)!r}: the index names {lost[0]}, which is not there; download the shard again")
+        raise InputError(
+            f"model {str(folder)!r}: the index names {lost[0]}, which is not there; wanted all shards; "
+            "download it again"
+        )
     return {name: folder / file for name, file in names.items()}
 
 

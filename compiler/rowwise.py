@@ -79,9 +79,9 @@ class _Rowwise:
 
     def fail(self, node: fx.Node, why: str) -> None:
         raise VerifyError(
-            f"{where(node)}: {target_name(node)} -> {result_type(self.graph, node)} {why}; wanted causal attention to be "
-            f"the only op that mixes {'tokens' if self.is_tokens else 'sequences'}, so that past tokens need only their "
-            f"keys and values; a model with this op cannot be given a KV cache\n{context(self.graph, node)}"
+            f"{where(node)}: {target_name(node)} -> {result_type(self.graph, node)} {why}; wanted causal attention to "
+            f"be the only op that mixes {'tokens' if self.is_tokens else 'sequences'}, so that past tokens need only "
+            f"their keys and values; a model with this op cannot be given a KV cache\n{context(self.graph, node)}"
         )
 
     def visit(self, node: fx.Node) -> None:
@@ -106,7 +106,7 @@ class _Rowwise:
         axes = self.axes(value)
         if len(axes) > 1:
             self.fail(node, "has two token axes")
-        if axes and str(value.shape[axes[0]].node.expr) not in (str(self.symbol), self.merged):
+        if axes and _text(value.shape[axes[0]]) not in (str(self.symbol), self.merged):
             self.fail(node, "has an axis over some, or several copies, of the tokens")
 
     def _refuse_size(self, node: fx.Node, name: str) -> None:
@@ -119,7 +119,8 @@ class _Rowwise:
             return self.by_ir_name.get(name, _Rowwise.unknown)
         if name in VIEWS:
             return _Rowwise.view
-        if is_pointwise(node.target) or name in ACTIVATIONS or node.target._overloadname == "other":  # type: ignore[union-attr]
+        is_binary = node.target._overloadname == "other"  # type: ignore[union-attr]  # max and min of two tensors
+        if is_pointwise(node.target) or name in ACTIVATIONS or is_binary:
             return None
         return self.by_name.get(name, _Rowwise.unknown)
 
@@ -145,7 +146,8 @@ class _Rowwise:
         for source, tokens, batch in wanted:
             at = tokens if self.is_tokens else batch
             if self.axes_of(source) not in ((), (at,)):
-                self.fail(node, f"takes %{source.name}, whose axis {at} is not the {'token' if self.is_tokens else 'batch'} axis")
+                axis = "token" if self.is_tokens else "batch"
+                self.fail(node, f"takes %{source.name}, whose axis {at} is not the {axis} axis")
 
     def view(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         name = target_name(node).removeprefix("aten.")
@@ -167,7 +169,7 @@ class _Rowwise:
         for size in value.shape[at + 1 :]:
             count = count * size
         expr = count.node.expr if isinstance(count, torch.SymInt) else count
-        merged = not self.is_tokens and str(value.shape[at].node.expr) == self.merged
+        merged = not self.is_tokens and _text(value.shape[at]) == self.merged
         return str(expr * self.inner if merged else expr)
 
     def _not_along(self, node: fx.Node, inputs: list[fx.Node]) -> None:
@@ -263,6 +265,10 @@ class _Rowwise:
         **dict.fromkeys(INDEXING, lookup),
         **dict.fromkeys(CREATION, creation),
     }
+
+
+def _text(size: Any) -> str:
+    return str(size.node.expr)
 
 
 def _axis_argument(node: fx.Node) -> Any:

@@ -46,7 +46,8 @@ def _put_literal(node: fx.Node, value: int) -> None:
 def drop_noops(graph: Graph) -> None:
     """Replace nodes that return their first argument unchanged (same shape and dtype, so same value)."""
     for node in list(graph.fx.nodes):
-        if target_name(node) in _VIEWS and len(node.args) == 2:  # a view may have been legal only because of a `contiguous` that is dropped here
+        # a view may have been legal only because of a `contiguous` that is dropped here; view.dtype is no such view
+        if target_name(node) in _VIEWS and isinstance(node.args[1], (list, tuple)):
             node.target = torch.ops.aten.reshape.default
         if node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node) and _is_noop(node):
             node.replace_all_uses_with(node.args[0])

@@ -1,4 +1,4 @@
-"""What a legal graph is: the closed dialect. After `raise_aten` only IR ops and the listed aten subset stand in a graph."""
+"""What a legal graph is: after `raise_aten` only IR ops and the listed aten subset stand in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from llmopt.compiler.simplify import is_impure
 VIEWS = {
     "view", "reshape", "_unsafe_view", "expand", "unsqueeze", "squeeze", "transpose", "permute", "t", "slice",
     "select", "cat", "stack", "split", "split_with_sizes", "chunk", "unbind", "flatten", "unflatten", "repeat",
-    "repeat_interleave", "narrow", "expand_as", "view_as", "to", "clone", "contiguous", "slice_scatter", "select_scatter",
+    "repeat_interleave", "narrow", "expand_as", "view_as", "to", "clone", "contiguous", "slice_scatter",
+    "select_scatter",
 }  # fmt: skip
 REDUCTIONS = {
     "mean", "sum", "amax", "amin", "max", "min", "var", "var_mean", "std", "softmax", "_softmax", "log_softmax", "norm",
@@ -24,7 +25,10 @@ REDUCTIONS = {
 }  # fmt: skip
 CONTRACTIONS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "linear", "scaled_dot_product_attention", "einsum"}
 NORMS = {"layer_norm", "native_layer_norm", "rms_norm", "group_norm"}
-CREATION = {"arange", "full", "zeros", "ones", "full_like", "zeros_like", "ones_like", "scalar_tensor", "new_ones", "new_zeros", "new_full", "empty", "tril", "triu", "eye"}
+CREATION = {
+    "arange", "full", "zeros", "ones", "full_like", "zeros_like", "ones_like", "scalar_tensor", "new_ones", "new_zeros",
+    "new_full", "empty", "tril", "triu", "eye",
+}  # fmt: skip
 INDEXING = {"embedding", "index_select", "index", "gather", "one_hot"}
 SIZES = {"sym_size", "sym_numel"}
 ACTIVATIONS = {"silu", "gelu", "relu", "tanh", "sigmoid", "softplus", "mish", "hardtanh", "type_as", "copy"}
@@ -46,7 +50,7 @@ def in_dialect(target: Any) -> bool:
 
 
 def check_dialect(graph: Graph) -> None:
-    """Raise VerifyError for the first node that is neither an IR op, nor pointwise, nor in ATEN_SUBSET, or is not pure."""
+    """Raise VerifyError for the first node that is not pure, or neither an IR op, nor pointwise, nor in ATEN_SUBSET."""
     for node in graph.calls():
         if is_impure(node):
             raise VerifyError(

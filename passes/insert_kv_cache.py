@@ -1,13 +1,13 @@
 """insert_kv_cache: from the plain forward to a step over a paged KV cache. Exact.
 
     def forward(input_ids [B, T], position_ids [B, T])       def step(input_ids [1, N], position_ids [1, N], slots [N],
-        ...                                                           seq_ids [N], block_tables [S, M], rows [R], pages...)
+        ...                                                       seq_ids [N], block_tables [S, M], rows [R], pages...)
         o = attention(q, k, v, ...)                   =>         ...
         ...                                                      k_0 = kv_write(k_pages_0, k, slots)
         return linear(h, head)                                   v_0 = kv_write(v_pages_0, v, slots)
                                                                  o = attend(q, k_0, v_0, block_tables, seq_ids, ...)
                                                                  ...
-                                                                 return linear(index_select(h, 1, rows), head), k_0, v_0, ...
+                                                                 return linear(index_select(h, 1, rows), head), k_0, ...
 
 The N tokens of a step stand side by side and may belong to any sequences. That is sound because, attention apart, the
 graph treats tokens one by one (`rowwise.check_rowwise` proves it node by node), so B = 1 and T = N change nothing for a
@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from llmopt.compiler import ops
-from llmopt.compiler.graph import Graph, origin, target_name, where
+from llmopt.compiler.graph import Graph, origin, target_name
 from llmopt.compiler.pipeline import Context, Pass, PassStats
 from llmopt.compiler.program import Program, StateSpec
 from llmopt.compiler.propagate import propagate, symbolic_inputs
@@ -143,7 +143,8 @@ def _counts_tokens(node: fx.Node, tokens: str) -> fx.Node | int | None:
     if name != "aten.slice" or not isinstance(node.args[0], fx.Node):
         return None
     source = node.args[0].meta["val"]
-    _, dim, first, _, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    given: tuple[Any, ...] = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    _, dim, first, _, step = given
     whole = str(value.shape[dim]) == tokens and isinstance(source.shape[dim], int)
     return node.args[0] if first in (0, None) and step == 1 and whole else None
 
@@ -189,7 +190,7 @@ def _select_rows(step: Graph, rows: fx.Node, rule: str) -> None:
 
 
 def _last_linear(logits: fx.Node) -> fx.Node | None:
-    """The linear whose result becomes the logits through ops of one operand that know nothing of the number of tokens."""
+    """The linear whose result becomes the logits through ops of one operand that know nothing of T."""
     node = logits
     while target_name(node) != "linear":
         sources = [n for n in node.all_input_nodes if n.op != "get_attr"]

@@ -22,12 +22,13 @@ from torch import Tensor, fx
 
 from llmopt.compiler.errors import RaiseError
 from llmopt.compiler.graph import Graph, target_name, where
-from llmopt.compiler.pattern import AnyOf, Const, Maybe, aten, call
+from llmopt.compiler.pattern import AnyOf, Const, Maybe, aten
 from llmopt.compiler.pipeline import Context, Pass, PassStats
 from llmopt.compiler.program import Program
 from llmopt.compiler.rewrite import Builder, Match, Rule, apply_rules
 from llmopt.compiler.simplify import simplify
-from llmopt.compiler.verify import check_dialect, context as graph_context
+from llmopt.compiler.verify import check_dialect
+from llmopt.compiler.verify import context as graph_context
 from llmopt.passes.raise_attention import attention_rules
 from llmopt.passes.raise_linear import linear_rules
 from llmopt.passes.raise_rope import ROPE_RULES
@@ -219,7 +220,7 @@ def _check_attention(graph: Graph, stats: PassStats) -> None:
             reasons = [reason for (rule, reason), _ in stats.rejected.items() if "attention" in rule]
             raise RaiseError(
                 f"{where(node)}: {target_name(node)} is not causal self-attention that llmopt knows "
-                f"({'; '.join(reasons) or 'no rule came near'}); wanted scaled_dot_product_attention(is_causal=True or a causal "
-                "mask), or softmax(q k^T * scale + causal mask) v, with q, k, v [B, H, T, D]; "
+                f"({'; '.join(reasons) or 'no rule came near'}); wanted scaled_dot_product_attention(is_causal=True or "
+                "a causal mask), or softmax(q k^T * scale + causal mask) v, with q, k, v [B, H, T, D]; "
                 f"rewrite the line in one of these forms\n{graph_context(graph, node)}"
             )

@@ -285,7 +285,8 @@ class _Scores:
         return node.args[0]
 
     steps: ClassVar = {
-        "to": _to, "mul": _mul, "div": _div, "softcap": _softcap, "add": _add, "masked_fill": _masked_fill, "where": _where,
+        "to": _to, "mul": _mul, "div": _div, "softcap": _softcap, "add": _add, "masked_fill": _masked_fill,
+        "where": _where,
     }  # fmt: skip
 
     def _product(self, node: fx.Node) -> Any:
@@ -296,11 +297,11 @@ class _Scores:
                 break
             self.scale *= factor ** (1 if target_name(self.q) == "aten.mul" else -1)
             self.q = self.q.args[0]
-        is_transposed = isinstance(turned, fx.Node) and target_name(turned) == "aten.transpose"
-        if is_transposed and {d % 4 for d in turned.args[1:3]} == {2, 3}:
-            self.k = turned.args[0]
-        else:
-            self.k, self.turned = turned, True
+        self.k, self.turned = turned, True
+        if isinstance(turned, fx.Node) and target_name(turned) == "aten.transpose":
+            _, *axes = turned.args
+            if {axis % 4 for axis in axes if isinstance(axis, int)} == {2, 3}:
+                self.k, self.turned = turned.args[0], False
         return self
 
 

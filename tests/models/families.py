@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 160
 WINDOW = 7
@@ -150,7 +150,8 @@ FAMILIES = (
            "attention": 4, "gated": 4}, {**_LOCAL_GLOBAL, "sliding_window": WINDOW, "pad_token_id": 1},
            windows=(WINDOW, 0, WINDOW, 0)),
     Family("Granite", "granite", "multipliers on embeddings, residuals, attention and logits", LLAMA,
-           {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2, "logits_scaling": 2.0}),
+           {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2,
+            "logits_scaling": 2.0}),
     Family("Cohere", "cohere", "interleaved RoPE (kept in aten), parallel residual, scaled logits",
            {"attention": 2, "gated": 2}, {"logit_scale": 0.3, "pad_token_id": 0, "use_qk_norm": True}),
     Family("Cohere 2", "cohere2", "layers with a window and RoPE, layers with neither", {"attention": 4, "gated": 4},

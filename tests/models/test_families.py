@@ -13,6 +13,7 @@ from models.oracle import hf_tokens, relative_error
 
 import llmopt
 from llmopt.compiler.graph import target_name
+from llmopt.model import CompiledModel
 
 LENGTHS = (1, 2, WINDOW - 1, WINDOW + 2, 20, 41)
 NEW_TOKENS = 24
@@ -24,7 +25,7 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
-def compiled(family: Family, model: torch.nn.Module, folder: Path, dtype: str = "float32") -> llmopt.model.CompiledModel:
+def compiled(family: Family, model: torch.nn.Module, folder: Path, dtype: str = "float32") -> CompiledModel:
     """From the saved folder, or as it is where the family's class does not fit its weights any more."""
     if family.alter is not None:
         return llmopt.compile(model, recipe="reference")

@@ -21,7 +21,8 @@ def tokens_of_torch(model: torch.nn.Module, count: int) -> list[list[int]]:
     return want
 
 
-def exported(model: torch.nn.Module, shape: tuple[int, int] = (2, 5), dynamic: bool = True) -> torch.export.ExportedProgram:
+def exported(model: torch.nn.Module, dynamic: bool = True) -> torch.export.ExportedProgram:
+    shape = (2, 5)
     ids = torch.ones(shape, dtype=torch.int64)
     at = torch.arange(shape[1]).expand(shape).contiguous()
     sizes = {0: Dim("batch", max=64), 1: Dim("tokens", max=CONTEXT - 1)} if dynamic else None

@@ -1,4 +1,4 @@
-"""Trained models: 128 greedy tokens of 16 ragged prompts of real Python text in one batch, as transformers makes them."""
+"""Trained models: 128 greedy tokens of 16 ragged prompts of Python code in one batch, as transformers makes them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_generation_ends_where_that_of_transformers_ends(recipe: str):
     assert mine.program.facts.eos_token_ids == (stop,)
     out = mine.generate([prompt], max_new_tokens=20, stop_token_ids=[third])[0]
     ids = torch.tensor([prompt])
-    want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=third)
+    want = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=third
+    )
     assert out == want[0, len(prompt) :].tolist()
     assert out[-1] == third
     assert len(out) <= 3

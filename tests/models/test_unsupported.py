@@ -313,8 +313,9 @@ def pairs_of_tokens(m, x, ids, at):
 
 
 ODD = [
-    bidirectional, prefix_mask, alibi, window_of_half_the_tokens, mask_of_the_tokens, mask_below_the_softcap, anticausal,
-    over_sequences, batch_and_heads_swapped, linear_attention, einsum_over_tokens, causal_convolution, recurrence,
+    bidirectional, prefix_mask, alibi, window_of_half_the_tokens, mask_of_the_tokens, mask_below_the_softcap,
+    anticausal, over_sequences, batch_and_heads_swapped, linear_attention, einsum_over_tokens, causal_convolution,
+    recurrence,
     token_shift, padded_shift, rolled, flipped, running_sum, mean_of_tokens, mean_of_all, largest_of_all,
     largest_along_no_axis, norm_of_all, variance_of_tokens, softmax_over_tokens, sorted_tokens, group_norm,
     group_norm_hidden, instance_norm, pooled, fourier, features_from_tokens, reinterpreted, scrambled_batch, mixer,
