@@ -87,7 +87,17 @@ def exponent(rows: list[dict[str, Any]]) -> float:
 def show(rows: list[dict[str, Any]], growth: float) -> None:
     """The table."""
     table = Table(title="70B Llama config, meta device to lowered step")
-    columns = ("layers", "nodes", "export s", "capture s", "passes s", "total s", "peak GB", "match attempts", "regions")
+    columns = (
+        "layers",
+        "nodes",
+        "export s",
+        "capture s",
+        "passes s",
+        "total s",
+        "peak GB",
+        "match attempts",
+        "regions",
+    )
     for name in columns:
         table.add_column(name, justify="right")
     for r in rows:
@@ -113,7 +123,9 @@ def main() -> None:
         return
     rows = []
     for depth in args.depths:
-        done = subprocess.run([sys.executable, __file__, "--one", str(depth)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", str(depth)], capture_output=True, text=True, check=True
+        )
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     growth = exponent(rows) if len(rows) > 1 else float("nan")
     show(rows, growth)

@@ -133,7 +133,7 @@ def cpp_available() -> str | None:
 
 
 def compiler_fails() -> str | None:
-    """None if the C++ compiler starts and answers, else the reason why not: regions need it even if the kernels are cached."""
+    """None if the C++ compiler starts and answers, else why not: regions need it even if the kernels are cached."""
     command = cxx()
     if command is None:
         return "no C++ compiler was found: install g++ or clang++, or let CXX name one"
@@ -141,7 +141,11 @@ def compiler_fails() -> str | None:
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
     except OSError as error:
         return f"C++ compiler {command[0]} does not start ({error})"
-    return None if done.returncode == 0 else f"C++ compiler {command[0]} failed with exit code {done.returncode}; let CXX name a working one"
+    return (
+        None
+        if done.returncode == 0
+        else f"C++ compiler {command[0]} failed with exit code {done.returncode}; let CXX name a working one"
+    )
 
 
 @functools.cache

@@ -47,7 +47,7 @@ def fake_mode() -> FakeTensorMode:
 
 @contextlib.contextmanager
 def faking(mode: FakeTensorMode) -> Iterator[None]:
-    """Inside: ops run on fake values of `mode`, composite ops by their Python form, as those in C++ may ask for numbers."""
+    """Inside: ops run on fake values of `mode`, composite ops in Python, since those in C++ may ask for numbers."""
     with torch.no_grad(), mode, enable_python_dispatcher():
         yield
 
@@ -63,7 +63,7 @@ def fake_tensor(
     assert mode.shape_env is not None
     for name in (s for s in shape if isinstance(s, str) and s not in symbols):
         example = torch.empty(_EXAMPLES[len(symbols) % len(_EXAMPLES)] + 100 * (len(symbols) // len(_EXAMPLES)))
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[None])
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[None])
         faked = mode.from_tensor(example, symbolic_context=context)
         symbols[name] = faked.shape[0]
     sizes = [symbols[s] if isinstance(s, str) else s for s in shape]
@@ -249,7 +249,7 @@ class _GuardLog(logging.Handler):
 
 @contextlib.contextmanager
 def guards_added() -> Iterator[list[tuple[str, traceback.StackSummary]]]:
-    """Collects each condition on a symbolic size that tracing inside the block relies on, with the stack it arose in."""
+    """Collects each condition on a symbolic size that tracing inside relies on, with the stack it arose in."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     handler, level, propagate = _GuardLog(), logger.level, logger.propagate
     others, logger.handlers = logger.handlers, [handler]

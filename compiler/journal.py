@@ -21,9 +21,7 @@ class Journal:
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
-        self._edits: list[
-            tuple[fx.Node, Any, Any]
-        ] = []  # (node, old args, old kwargs) or (node, old next node, None)
+        self._edits: list[tuple[fx.Node, Any, Any]] = []  # (node, old args, old kwargs) or (node, old next node, None)
         self.created: list[list[fx.Node]] = []
         self.dead: dict[fx.Node, None] = {}
 
@@ -34,9 +32,7 @@ class Journal:
             if isinstance(new, fx.Node):
                 user.replace_input_with(old, new)
             else:
-                user.args, user.kwargs = fx.map_arg(
-                    (user.args, user.kwargs), lambda n: new if n is old else n
-                )
+                user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: new if n is old else n)
             yield user
 
     def move(self, node: fx.Node, before: fx.Node) -> None:

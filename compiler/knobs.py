@@ -43,9 +43,7 @@ class Knob(Generic[T]):
         try:
             return self.read(text)
         except ValueError:
-            raise KnobError(
-                f"{self.name} is {text!r}, wanted {self.wanted}; unset means {self.default_text}"
-            ) from None
+            raise KnobError(f"{self.name} is {text!r}, wanted {self.wanted}; unset means {self.default_text}") from None
 
 
 def _level(highest: int) -> Callable[[str], int]:
@@ -118,8 +116,7 @@ cache: Knob[Path] = Knob(
 )  # fmt: skip
 
 KNOBS: dict[str, Knob[Any]] = {
-    knob.name.removeprefix(PREFIX).lower(): knob
-    for knob in (debug, dump, verify, numerics, bisect, provider, cache)
+    knob.name.removeprefix(PREFIX).lower(): knob for knob in (debug, dump, verify, numerics, bisect, provider, cache)
 }
 
 
@@ -178,9 +175,7 @@ def _warn_of_unknown() -> None:
     known = {knob.name for knob in KNOBS.values()}
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
-            warnings.warn(
-                f"environment variable {name} does nothing; {did_you_mean(name, known)}", stacklevel=3
-            )
+            warnings.warn(f"environment variable {name} does nothing; {did_you_mean(name, known)}", stacklevel=3)
 
 
 if __name__ == "__main__":

@@ -88,9 +88,7 @@ def shape_of(pattern: Any) -> Any:
         return "var"
     if isinstance(pattern, Call):
         return tuple((f.target, tuple(shape_of(a) for a in f.args)) for f in pattern.forms)
-    return (
-        (type(pattern).__name__, *(shape_of(c) for c in children(pattern))) if _nested(pattern) else pattern
-    )
+    return (type(pattern).__name__, *(shape_of(c) for c in children(pattern))) if _nested(pattern) else pattern
 
 
 def _nested(pattern: Any) -> bool:
@@ -199,9 +197,7 @@ class Table:
         for env, nodes in self._solve((self.patterns[rule][0], root, None), {}, None):
             yield from self._bind_roots(rule, (root,), env, nodes)
 
-    def _bind_roots(
-        self, rule: int, roots: tuple[fx.Node, ...], env: dict[str, Any], nodes: Any
-    ) -> Iterator[Binding]:
+    def _bind_roots(self, rule: int, roots: tuple[fx.Node, ...], env: dict[str, Any], nodes: Any) -> Iterator[Binding]:
         patterns = self.patterns[rule]
         if len(roots) == len(patterns):
             yield Binding(roots, env, _unlink(nodes))
@@ -226,9 +222,7 @@ class Table:
                 depths = {d for n, d in places if n == name}
                 found = _users_at(env[name], depths)
                 return sorted(n for n in found if anchors & self.states.get(n, EMPTY).calls)
-        raise RewriteError(
-            f"root {at} of a pattern shares no variable with the roots before it; let it share one"
-        )
+        raise RewriteError(f"root {at} of a pattern shares no variable with the roots before it; let it share one")
 
     def _solve(self, goals: Goals, env: dict[str, Any], nodes: Any) -> Iterator[tuple[dict[str, Any], Any]]:
         """Bindings that meet all goals.

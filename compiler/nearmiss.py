@@ -55,9 +55,7 @@ def nearest(rule: str, roots: tuple[Any, ...], nodes: Iterable[fx.Node]) -> Near
         names = " or ".join(sorted({name_of(t) for t in anchors}))
         return NearMiss(rule, 0, total, None, f"the graph has no {names}")
     reason = best.reason or (
-        f"the first of {len(roots)} roots fits, but no others beside it"
-        if len(roots) > 1
-        else "fits; not tried"
+        f"the first of {len(roots)} roots fits, but no others beside it" if len(roots) > 1 else "fits; not tried"
     )
     return NearMiss(rule, best.count, total, best.node, reason)
 

@@ -139,9 +139,7 @@ def _schema(target: Any) -> tuple[tuple[str, Any], ...] | None:
     """(name, default or MISSING) per argument of an overload; None for plain functions."""
     if not isinstance(target, OpOverload):
         return None
-    return tuple(
-        (a.name, a.default_value if a.has_default_value() else MISSING) for a in target._schema.arguments
-    )
+    return tuple((a.name, a.default_value if a.has_default_value() else MISSING) for a in target._schema.arguments)
 
 
 @cache
@@ -181,18 +179,12 @@ def _check_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], flat
     names = [name for name, _ in schema]
     unknown = [k for k in kwargs if k not in names]
     if unknown:
-        raise RewriteError(
-            f"pattern {name_of(target)}: no argument {unknown[0]!r}; {did_you_mean(unknown[0], names)}"
-        )
+        raise RewriteError(f"pattern {name_of(target)}: no argument {unknown[0]!r}; {did_you_mean(unknown[0], names)}")
     if len(args) > len(names):
-        raise RewriteError(
-            f"pattern {name_of(target)}: {len(args)} arguments given, wanted at most {len(names)}"
-        )
+        raise RewriteError(f"pattern {name_of(target)}: {len(args)} arguments given, wanted at most {len(names)}")
     if any(v is MISSING for v in flat):
         short = [n for n, v in zip(names, flat, strict=True) if v is MISSING]
-        raise RewriteError(
-            f"pattern {name_of(target)}: argument {short[0]!r} is missing; name it or give a Var"
-        )
+        raise RewriteError(f"pattern {name_of(target)}: argument {short[0]!r} is missing; name it or give a Var")
 
 
 def _forms(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Form]:

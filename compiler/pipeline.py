@@ -172,11 +172,13 @@ def verify_hook(before: Program, item: Pass, after: Program, report: PassReport)
         for node in graph.fx.nodes:
             if node.op == "get_attr" and node.target not in after.weights:
                 raise VerifyError(
-                    f"after pass {item.name!r}: graph {graph.name} reads weight {node.target!r}, which the program does "
-                    "not have; a pass must add the Fold before it adds the node"
+                    f"after pass {item.name!r}: graph {graph.name} reads weight {node.target!r}, which the program "
+                    "does not have; a pass must add the Fold before it adds the node"
                 )
             if node.op == "call_function" and "val" not in node.meta:
-                raise VerifyError(f"after pass {item.name!r}: %{node.name} has no fake value; make nodes with the Builder")
+                raise VerifyError(
+                    f"after pass {item.name!r}: %{node.name} has no fake value; make nodes with the Builder"
+                )
 
 
 class DumpHook:
@@ -221,8 +223,8 @@ def numerics_hook(before: Program, item: Pass, after: Program, report: PassRepor
     limit = 64 * torch.finfo(before.facts.dtype).eps * scale
     if not error <= limit:
         raise VerifyError(
-            f"after pass {item.name!r}: logits moved by {error:.3g} (largest logit {scale:.3g}), wanted at most {limit:.3g} "
-            "from an exact pass; find the rewrite with `llmopt bisect`"
+            f"after pass {item.name!r}: logits moved by {error:.3g} (largest logit {scale:.3g}), wanted at most "
+            f"{limit:.3g} from an exact pass; find the rewrite with `llmopt bisect`"
         )
 
 

@@ -54,9 +54,7 @@ def is_int(value: Any) -> bool:
 
 def is_range(value: Any) -> bool:
     """Two whole numbers (lowest, highest), 1 <= lowest <= highest."""
-    return (
-        isinstance(value, tuple) and len(value) == 2 and all(map(is_int, value)) and 1 <= value[0] <= value[1]
-    )
+    return isinstance(value, tuple) and len(value) == 2 and all(map(is_int, value)) and 1 <= value[0] <= value[1]
 
 
 def is_plain(value: Any) -> bool:

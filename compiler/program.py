@@ -138,9 +138,7 @@ class Program:
         sources = [self.weights[n] for n in edit.inputs]
         fn = edit.fn
         note = f"{edit.label}({', '.join(edit.inputs)})"
-        self.weights[edit.name] = Weight(
-            edit.shape, edit.dtype, lambda: fn(*(s.load() for s in sources)), note
-        )
+        self.weights[edit.name] = Weight(edit.shape, edit.dtype, lambda: fn(*(s.load() for s in sources)), note)
 
     def used_weights(self) -> Mapping[str, Weight]:
         """The weights some graph still reads, in first-use order."""

@@ -50,9 +50,7 @@ def propagate(graph: Graph, symbols: Symbols, weights: Mapping[str, Weight]) -> 
     graph.symbols = symbols
 
 
-def _value(
-    node: fx.Node, symbols: Symbols, weights: Mapping[str, Weight], values: Mapping[fx.Node, Any]
-) -> Any:
+def _value(node: fx.Node, symbols: Symbols, weights: Mapping[str, Weight], values: Mapping[fx.Node, Any]) -> Any:
     if node.op == "placeholder":
         return symbols.inputs[node.name]
     if node.op == "get_attr":

@@ -64,9 +64,7 @@ class Dims:
         for name in ("tokens", "sequences"):
             bounds = getattr(self, name)
             if not plain.is_range(bounds):
-                raise RecipeError(
-                    f"dims.{name} is {bounds!r}, wanted 1 <= lowest <= highest, such as [1, 256]"
-                )
+                raise RecipeError(f"dims.{name} is {bounds!r}, wanted 1 <= lowest <= highest, such as [1, 256]")
 
 
 @dataclass(frozen=True)
@@ -132,9 +130,7 @@ class Recipe:
         known = {f.name for f in fields(cls)} | {"version"}
         data = plain.mapping(data, where, RecipeError, known, wanted={"version", "name", "passes"})
         if data.pop("version") != VERSION:
-            raise RecipeError(
-                f"{where}: this llmopt reads recipes of `version: {VERSION}`; write it in that form"
-            )
+            raise RecipeError(f"{where}: this llmopt reads recipes of `version: {VERSION}`; write it in that form")
         data["name"] = plain.text(data["name"], f"{where}: name", RecipeError)
         data["passes"] = tuple(
             _read_pass(item, where) for item in plain.items(data["passes"], f"{where}: passes", RecipeError)
@@ -143,9 +139,7 @@ class Recipe:
             names = plain.items(data["providers"], f"{where}: providers", RecipeError)
             data["providers"] = tuple(plain.text(name, f"{where}: providers", RecipeError) for name in names)
         if "dims" in data:
-            bounds = plain.mapping(
-                data["dims"], f"{where}: dims", RecipeError, {f.name for f in fields(Dims)}
-            )
+            bounds = plain.mapping(data["dims"], f"{where}: dims", RecipeError, {f.name for f in fields(Dims)})
             data["dims"] = Dims(**{key: plain.frozen(value) for key, value in bounds.items()})
         return cls(**data)
 
@@ -230,9 +224,7 @@ def _order_message(recipe: Recipe, registry: Registry, at: int, lacking: str) ->
         if lacking in registry[spec.name].ensures:
             return f"{said}{spec.name!r} ({_ordinal(later)}) ensures: move it before"
     able = " or ".join(sorted(repr(kind) for kind, found in registry.items() if lacking in found.ensures))
-    return (
-        f"{said}no pass ensures{f' here: put {able} before it' if able else ', here or anywhere in llmopt'}"
-    )
+    return f"{said}no pass ensures{f' here: put {able} before it' if able else ', here or anywhere in llmopt'}"
 
 
 def _check_options(recipe: Recipe, spec: PassSpec, kind: type[PassType]) -> None:
@@ -251,9 +243,7 @@ def _check_options(recipe: Recipe, spec: PassSpec, kind: type[PassType]) -> None
 
 
 def _type_name(hint: Any) -> str:
-    return (
-        hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
-    )
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
 
 
 def _composed(left: Recipe, right: Recipe) -> Recipe:
@@ -272,9 +262,7 @@ def _composed(left: Recipe, right: Recipe) -> Recipe:
 
 def _chosen(name: str, key: str, left: Any, right: Any, default: Any) -> Any:
     if left != default and right != default and left != right:
-        raise RecipeError(
-            f"recipe {name!r}: {key} is both {left!r} and {right!r}; set it in one of them only"
-        )
+        raise RecipeError(f"recipe {name!r}: {key} is both {left!r} and {right!r}; set it in one of them only")
     return right if left == default else left
 
 
@@ -293,9 +281,7 @@ def _merged_order(name: str, left: list[str], right: list[str]) -> list[str]:
     """Both orders in one: before a shared pass go those of the left, then of the right, that precede it."""
     shared = [n for n in left if n in right]
     if shared != [n for n in right if n in left]:
-        raise RecipeError(
-            f"recipe {name!r}: the passes {', '.join(shared)} stand in two orders; give them one"
-        )
+        raise RecipeError(f"recipe {name!r}: the passes {', '.join(shared)} stand in two orders; give them one")
     order: list[str] = []
     left, right = list(left), list(right)
     for stop in [*shared, None]:
@@ -314,9 +300,7 @@ def _named(part: str, whole: str) -> Recipe:
     if part in RECIPES:
         return RECIPES[part]
     inside = "" if part == whole else f" (in {whole!r})"
-    raise RecipeError(
-        f"recipe {part!r}{inside} is unknown; {did_you_mean(part, RECIPES)} A file must end in .yaml."
-    )
+    raise RecipeError(f"recipe {part!r}{inside} is unknown; {did_you_mean(part, RECIPES)} A file must end in .yaml.")
 
 
 def _is_path(text: str) -> bool:
@@ -331,9 +315,7 @@ def _read_pass(item: Any, where: str) -> PassSpec:
     options = plain.mapping(data.get("options") or {}, f"{where}: pass {name!r}: options", RecipeError)
     for key, value in options.items():
         if not plain.is_plain(value):
-            raise RecipeError(
-                f"{where}: pass {name!r}: option {key!r} is {value!r}, wanted a plain value or a list"
-            )
+            raise RecipeError(f"{where}: pass {name!r}: option {key!r} is {value!r}, wanted a plain value or a list")
     return PassSpec.of(name, **options)
 
 
@@ -341,9 +323,7 @@ def _no_repeats(what: str, names: Iterable[str]) -> None:
     seen: dict[str, int] = {}
     for at, name in enumerate(names):
         if name in seen:
-            raise RecipeError(
-                f"{what} {name!r} stands twice ({_ordinal(seen[name])} and {_ordinal(at)}); remove one"
-            )
+            raise RecipeError(f"{what} {name!r} stands twice ({_ordinal(seen[name])} and {_ordinal(at)}); remove one")
         seen[name] = at
 
 

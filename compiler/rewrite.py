@@ -84,9 +84,7 @@ class _Run:
         try:
             while self.work and (self.limit is None or self.stats.rewritten < self.limit):
                 self.visit(self.work.pop())
-                if (
-                    not self.work
-                ):  # a rewrite elsewhere may have made a match possible that was turned down before
+                if not self.work:  # a rewrite elsewhere may have made a match possible that was turned down before
                     self.work = sorted(n for n, done in self.unchanged.items() if done < self.stats.rewritten)
         except BaseException:
             self.journal.undo()
@@ -147,9 +145,7 @@ class _Run:
         self.commit(rule, match, builder, results, late)
         return None
 
-    def commit(
-        self, rule: Rule, match: Match, b: Builder, results: tuple[Any, ...], late: Iterable[fx.Node]
-    ) -> None:
+    def commit(self, rule: Rule, match: Match, b: Builder, results: tuple[Any, ...], late: Iterable[fx.Node]) -> None:
         """Put the results in the roots' place; nothing here can fail but the generation limit."""
         generation = 1 + max(self.generation.get(r, 0) for r in match.roots)
         if generation > MAX_GENERATIONS:
@@ -160,9 +156,7 @@ class _Run:
             )
         for node in late:
             self.journal.move(node, b.created[0] if b.created else min(match.roots))
-        touched = [
-            u for r, new in zip(match.roots, results, strict=True) for u in self.journal.replace(r, new)
-        ]
+        touched = [u for r, new in zip(match.roots, results, strict=True) for u in self.journal.replace(r, new)]
         for node in self.journal.bury(match.roots, match.nodes):
             self.table.states.pop(node, None)
             self.unchanged.pop(node, None)
@@ -248,14 +242,10 @@ def _check_results(rule: Rule, match: Match, results: tuple[Any, ...]) -> None:
     """RewriteError unless there is one result per root, of the root's shape and dtype."""
     at = f"rule {rule.name} at {where(match.root)}"
     if len(results) != len(match.roots):
-        raise RewriteError(
-            f"{at}: rewrite returned {len(results)} values, wanted {len(match.roots)}, one per root"
-        )
+        raise RewriteError(f"{at}: rewrite returned {len(results)} values, wanted {len(match.roots)}, one per root")
     for root, new in zip(match.roots, results, strict=True):
         if new is None or new in match.roots:
-            raise RewriteError(
-                f"{at}: rewrite returned {new}, wanted a replacement; return m.fail(...) to decline"
-            )
+            raise RewriteError(f"{at}: rewrite returned {new}, wanted a replacement; return m.fail(...) to decline")
         wanted, seen = root.meta.get("val"), new.meta.get("val") if isinstance(new, fx.Node) else new
         if not rule.changes_type and wanted is not None and seen is not None and not is_alike(seen, wanted):
             raise RewriteError(
@@ -264,9 +254,7 @@ def _check_results(rule: Rule, match: Match, results: tuple[Any, ...]) -> None:
             )
 
 
-def _late_inputs(
-    rule: Rule, match: Match, builder: Builder, results: tuple[Any, ...]
-) -> list[fx.Node] | Fail:
+def _late_inputs(rule: Rule, match: Match, builder: Builder, results: tuple[Any, ...]) -> list[fx.Node] | Fail:
     """Operands that stand after the insertion point and must move in front of it, in graph order.
 
     A Fail if one of them depends on a root (the rewrite would make a cycle).

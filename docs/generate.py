@@ -1,7 +1,7 @@
 """Writes the generated blocks of README.md and docs/: tables from result files, tests and recipes, graphs from a model.
 
-    python docs/generate.py          # rewrite the blocks
-    python docs/generate.py --check  # fail if a block is out of date
+python docs/generate.py          # rewrite the blocks
+python docs/generate.py --check  # fail if a block is out of date
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ def kv_cache_graphs() -> str:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=256
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
     )
     program = capture_model(LlamaForCausalLM(config))
     context = Context(Target.parse("cpu:generic"), RECIPES["reference"])
@@ -70,9 +75,10 @@ def decode_cpu() -> str:
     figures = result("decode-cpu.json")
     settings = figures["settings"]
     lines = [
-        f"{Path(settings['model']).name}, {settings['dtype']}, {settings['prompt_tokens']} prompt and {settings['new_tokens']} new "
-        f"tokens, {figures['cpu']}, {figures['threads']} threads, torch {figures['torch']}; peers interleaved in one process, greedy "
-        "tokens identical. The last column is the share of the read bandwidth measured in the same rounds "
+        f"{Path(settings['model']).name}, {settings['dtype']}, {settings['prompt_tokens']} prompt and "
+        f"{settings['new_tokens']} new tokens, {figures['cpu']}, {figures['threads']} threads, torch {figures['torch']}; "
+        "peers interleaved in one process, greedy tokens identical. The last column is the share of the read bandwidth "
+        "measured in the same rounds "
         f"({figures['read_bandwidth_bytes_per_s'] / 1e9:.0f} GB/s) that the weights and cache read take up.",
         "",
         "| batch | | tokens/s (decode) | first token | of read bandwidth |",
@@ -103,9 +109,10 @@ def compile_cost() -> str:
     last = model["depths"][-1]
     lines += [
         "",
-        f"A Llama-70B config ({last['layers']} layers, {last['weight_gb']:.0f} GB of weights that are never allocated) goes from the meta "
-        f"device to the lowered step in {last['total_s']:.1f} s, of which torch.export takes {last['export_s']:.1f} s, in "
-        f"{last['peak_gb']:.2f} GB; {last['region_calls']} region calls are {last['distinct_regions']} distinct regions.",
+        f"A Llama-70B config ({last['layers']} layers, {last['weight_gb']:.0f} GB of weights that are never allocated) "
+        f"goes from the meta device to the lowered step in {last['total_s']:.1f} s, of which torch.export takes "
+        f"{last['export_s']:.1f} s, in {last['peak_gb']:.2f} GB; {last['region_calls']} region calls are "
+        f"{last['distinct_regions']} distinct regions.",
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""llmopt: a graph compiler for LLM inference in PyTorch. `compile` a plain causal forward, `generate`, `save`, `load`."""
+"""llmopt: a graph compiler for LLM inference in PyTorch. `compile` a causal forward, `generate`, `save`, `load`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "Target", "compile", "load"]
 
 
-def compile(  # noqa: A001
+def compile(
     src: Any,
     recipe: str | Recipe = "default",
     target: str | Target | None = None,

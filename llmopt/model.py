@@ -34,7 +34,13 @@ class CompiledModel:
     """
 
     def __init__(
-        self, program: Program, recipe: Recipe, target: Target, report: Report, regions: Regions, cache_bytes: int | None = None
+        self,
+        program: Program,
+        recipe: Recipe,
+        target: Target,
+        report: Report,
+        regions: Regions,
+        cache_bytes: int | None = None,
     ) -> None:
         self.program, self.recipe, self.target, self.report = program, recipe, target, report
         self.regions = regions
@@ -43,7 +49,7 @@ class CompiledModel:
         self.step = Executor(program.graph("step"), self.weights, _Current(self.cache), regions)
         self._forward: Executor | None = None
         facts = program.facts
-        low, high = recipe.dims.sequences
+        most = recipe.dims.sequences[1]
         self.engine = Engine(
             self.step,
             self.cache,
@@ -51,7 +57,7 @@ class CompiledModel:
             context_length=facts.context_length,
             eos_token_ids=facts.eos_token_ids,
             chunk_size=min(512, recipe.dims.tokens[1]),
-            max_batch=high,
+            max_batch=most,
         )
 
     @cached_property
@@ -65,11 +71,16 @@ class CompiledModel:
             raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; wanted [B, T] with B and T at least 1")
         worst = int(input_ids.max()), int(input_ids.min())
         if worst[0] >= self.program.facts.vocab_size or worst[1] < 0:
-            raise InputError(f"input_ids holds {worst[0] if worst[1] >= 0 else worst[1]}; wanted ids in [0, {self.program.facts.vocab_size})")
+            raise InputError(
+                f"input_ids holds {worst[0] if worst[1] >= 0 else worst[1]}; wanted ids in "
+                f"[0, {self.program.facts.vocab_size})"
+            )
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1]).expand(input_ids.shape).contiguous()
         if self._forward is None:
-            self._forward = Executor(self.program.graph("forward"), read_weights(self.program, ("forward",), self.weights))
+            self._forward = Executor(
+                self.program.graph("forward"), read_weights(self.program, ("forward",), self.weights)
+            )
         return self._forward(input_ids, position_ids)  # type: ignore[no-any-return]
 
     def generate(
@@ -84,10 +95,10 @@ class CompiledModel:
         ignore_eos: bool = False,
         stream: bool = False,
     ) -> Any:
-        """Continue prompts: text in, text out; token ids in, new token ids out; one in, one out; several in, a list out.
+        """Continue prompts: text in, text out; token ids in, new ids out; one in, one out; several in, a list out.
 
-        With `stream`, an iterator over (prompt index, piece of text or token id). The end token is part of returned ids,
-        as in transformers, and not of text. Raises InputError on a prompt that cannot be run, before anything runs.
+        With `stream`, an iterator over (prompt index, piece of text or token id). The end token is part of returned
+        ids, as in transformers, and not of text. Raises InputError on a prompt that cannot be run, before any does.
         """
         texts, single, ids = self._encode(prompts)
         params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, tuple(stop_token_ids), ignore_eos)
@@ -123,7 +134,7 @@ class CompiledModel:
             return True, True, [self._ids(prompts)]
         if not isinstance(prompts, Iterable):
             raise InputError(f"generate was given {prompts!r}; wanted a text, a list of token ids, or a list of either")
-        listed = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
+        listed: list[Any] = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
         if not listed:
             raise InputError("generate was given no prompt; wanted a text, a list of token ids, or a list of either")
         if all(isinstance(p, str) for p in listed):
@@ -136,7 +147,10 @@ class CompiledModel:
 
     def _ids(self, text: str) -> list[int]:
         if self.tokenizer is None:
-            raise InputError("this model has no tokenizer, so it takes token ids only; pass a list of ids, or compile a folder with tokenizer.json")
+            raise InputError(
+                "this model has no tokenizer, so it takes token ids only; pass a list of ids, "
+                "or compile a folder with tokenizer.json"
+            )
         return list(self.tokenizer.encode(text))
 
     def text(self, provenance: bool = True) -> str:

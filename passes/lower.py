@@ -91,15 +91,15 @@ def write_in_place(step: Graph, program: Program) -> None:
     for node, spec in zip(written, program.state, strict=True):
         if target_name(node) not in STATE_OPS or node.args[0].name != spec.name:
             raise VerifyError(
-                f"{where(node)}: state {spec.name} is returned by {target_name(node)}; wanted a kv_write of that state; "
-                "a pass that changes how state is written must keep the order of the step's results"
+                f"{where(node)}: state {spec.name} is returned by {target_name(node)}; wanted a kv_write of that "
+                "state; a pass that changes how state is written must keep the order of the step's results"
             )
     for placeholder in step.inputs():
         readers = list(placeholder.users)
         if placeholder.name in names and len(readers) != 1:
             raise VerifyError(
-                f"state {placeholder.name} is read by {[where(r) for r in readers]}; wanted only its kv_write, so that the "
-                "write can be done in place; read the written pages instead"
+                f"state {placeholder.name} is read by {[where(r) for r in readers]}; wanted only its kv_write, so that "
+                "the write can be done in place; read the written pages instead"
             )
     for node in written:
         node.meta["in_place"] = True

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ def _pieces(order: list[fx.Node]) -> list[list[fx.Node]]:
 
 
 def _without_slivers(pieces: list[list[fx.Node]]) -> list[list[fx.Node]]:
-    """A piece without a product or an attention (a lone norm or scale) joins the embedding before or the piece behind."""
+    """A piece without a product or an attention (a lone norm or scale) joins the embedding before or what follows."""
     merged: list[list[fx.Node]] = []
     pending: list[fx.Node] = []
     for piece in pieces:
@@ -184,7 +185,7 @@ def _join(pieces: Sequence[Region]) -> list[Region]:
 
 def _best_pair(regions: Sequence[Region], names: Sequence[Hashable]) -> tuple[Hashable, Hashable] | None:
     counts = Counter(names)
-    pairs = Counter(zip(names, names[1:], strict=False))
+    pairs = Counter(pairwise(names))
     barriers = {n for n, r in zip(names, regions, strict=True) if _is_barrier(r.nodes[0])}
     for (a, b), count in pairs.items():
         always = count == counts[a]  # a is never followed by anything else

@@ -41,14 +41,18 @@ def capture_any(source: Source, dtype: str | None = None, facts: ModelFacts | No
     if isinstance(source, (nn.Module, ExportedProgram)):
         return capture(source, facts or facts_from(source))
     raise InputError(
-        f"a model of type {type(source).__name__} cannot be compiled; wanted a folder, a hub id, an nn.Module or an ExportedProgram"
+        f"a model of type {type(source).__name__} cannot be compiled; wanted a folder, a hub id, an "
+        "nn.Module or an ExportedProgram"
     )
 
 
 def facts_from(source: nn.Module | ExportedProgram) -> ModelFacts:
     """Vocabulary and context of a plain module, from its attributes or the sizes of its tables."""
     if isinstance(source, ExportedProgram):
-        raise InputError("an ExportedProgram does not say its context length; pass facts=ModelFacts(name, vocab_size, context_length)")
+        raise InputError(
+            "an ExportedProgram does not say its context length; pass "
+            "facts=ModelFacts(name, vocab_size, context_length)"
+        )
     vocab = getattr(source, "vocab_size", None)
     context = getattr(source, "context_length", None) or getattr(source, "max_seq_len", None)
     tables = [m for m in source.modules() if isinstance(m, nn.Embedding)]
@@ -92,4 +96,3 @@ def build(
     report.seconds["passes"] = time.perf_counter() - started - report.seconds["capture"]
     report.choices = program.choices
     return program, report, context
-

@@ -41,6 +41,7 @@ class StepFn(Protocol):
         seq_ids: Tensor,
         block_tables: Tensor,
         rows: Tensor,
+        /,
     ) -> Tensor: ...
 
 

@@ -34,12 +34,12 @@ class Plan:
     def compile(self) -> Callable[..., Any]:
         """The program as a function of the graph's inputs, in order."""
         space = dict(self.names)
-        exec(compile(self.source, "<llmopt step>", "exec"), space)  # noqa: S102
+        exec(compile(self.source, "<llmopt step>", "exec"), space)
         return space["run"]  # type: ignore[no-any-return]
 
 
 def implementation(node: fx.Node) -> Callable[..., Any]:
-    """What runs a call node outside of a region: the chosen provider's function, in place where that was proved safe."""
+    """What runs a call node outside of a region: the chosen provider's function, in place where proved safe."""
     op = op_of(node.target)
     if op is None:
         return node.target  # type: ignore[return-value]

@@ -36,9 +36,7 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (
-                (node.lineno, f"{'.' * node.level}{node.module}.{alias.name}") for alias in node.names
-            )
+            yield from ((node.lineno, f"{'.' * node.level}{node.module}.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             yield from ((node.lineno, a.value) for a in node.args if isinstance(a, ast.Constant))
 
@@ -103,9 +101,7 @@ def test_files_stay_short():
 def test_every_package_folder_is_listed():
     settings = PYPROJECT["tool"]["setuptools"]
     folders = {p.parent for folder in FOLDERS for p in (ROOT / folder).rglob("__init__.py")}
-    names = {
-        ".".join(("llmopt", *f.relative_to(ROOT).parts)).replace("llmopt.llmopt", "llmopt") for f in folders
-    }
+    names = {".".join(("llmopt", *f.relative_to(ROOT).parts)).replace("llmopt.llmopt", "llmopt") for f in folders}
     assert names == set(settings["packages"])
     assert settings["package-dir"] == {LAYERS[at]: folder for folder, at in FOLDERS.items()}
 
@@ -169,8 +165,6 @@ def test_private_torch_is_seen(source: str):
     assert private_torch("compiler/_torch.py", source) == []
 
 
-@pytest.mark.parametrize(
-    "source", ["import torch.fx", "torch.__version__", "node.target._schema", "torch.ones(1)._x"]
-)
+@pytest.mark.parametrize("source", ["import torch.fx", "torch.__version__", "node.target._schema", "torch.ones(1)._x"])
 def test_public_torch_passes(source: str):
     assert private_torch("compiler/a.py", source) == []

@@ -54,11 +54,7 @@ def test_wheel_holds_every_source_file(wheel: Path):
 
 def test_wheel_metadata(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
-        texts = {
-            Path(name).name: archive.read(name).decode()
-            for name in archive.namelist()
-            if ".dist-info/" in name
-        }
+        texts = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
     assert "llmopt = llmopt.cli:main" in texts["entry_points.txt"]
     assert "[torch_dynamo_backends]\nllmopt = llmopt.backend:llmopt" in texts["entry_points.txt"]
     assert "License-Expression: Apache-2.0" in texts["METADATA"]

@@ -24,7 +24,10 @@ llmopt.compile({pico!r}, dtype="float32")
 
 @pytest.mark.parametrize(
     ("variables", "reason"),
-    [({"CXX": "absent-c++"}, "no C++ compiler was found"), ({"CXX": "false"}, "C++ compiler false failed with exit code 1")],
+    [
+        ({"CXX": "absent-c++"}, "no C++ compiler was found"),
+        ({"CXX": "false"}, "C++ compiler false failed with exit code 1"),
+    ],
 )
 def test_one_line_then_the_reference_provider(variables: dict[str, str], reason: str, tmp_path: Path) -> None:
     environment = {**os.environ, **variables, "LLMOPT_CACHE": str(tmp_path), "PYTHONWARNINGS": "ignore"}

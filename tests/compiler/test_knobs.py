@@ -106,9 +106,7 @@ def test_scope_restores_after_an_error():
 
 def test_scope_reaches_child_processes():
     with knobs.scope(bisect=7):
-        out = subprocess.check_output(
-            [sys.executable, "-P", "-c", "import os; print(os.environ['LLMOPT_BISECT'])"]
-        )
+        out = subprocess.check_output([sys.executable, "-P", "-c", "import os; print(os.environ['LLMOPT_BISECT'])"])
     assert out.strip() == b"7"
 
 
@@ -123,9 +121,7 @@ def test_scope_refuses_and_sets_nothing(values: dict, said: str):
 
 def test_unknown_variable_warns(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LLMOPT_DEBUGG", "1")
-    with pytest.warns(
-        UserWarning, match=r"LLMOPT_DEBUGG does nothing; did you mean 'LLMOPT_DEBUG'"
-    ) as caught:
+    with pytest.warns(UserWarning, match=r"LLMOPT_DEBUGG does nothing; did you mean 'LLMOPT_DEBUG'") as caught:
         assert knobs.verify()
     assert caught[0].filename == __file__
 
@@ -152,8 +148,6 @@ def test_documented_table_is_the_code_s():
 def test_no_other_file_reads_a_variable_of_ours():
     for folder in ("compiler", "passes", "codegen", "runtime", "llmopt"):
         for path in (ROOT / folder).rglob("*.py"):
-            strings = [
-                n.value for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Constant)
-            ]
+            strings = [n.value for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Constant)]
             names = {s for s in strings if isinstance(s, str) and re.fullmatch(r"LLMOPT_\w+", s)}
             assert not names or path == ROOT / "compiler" / "knobs.py", (path, names)

@@ -66,9 +66,7 @@ def test_gpus_are_refused_in_plain_words(text: str):
     assert text in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "meant"), [("cpu:avx215", "cpu:avx2"), ("cpi", "cpu"), ("cpu:avx_512", "cpu:avx512")]
-)
+@pytest.mark.parametrize(("text", "meant"), [("cpu:avx215", "cpu:avx2"), ("cpi", "cpu"), ("cpu:avx_512", "cpu:avx512")])
 def test_misspelt_target(text: str, meant: str):
     with pytest.raises(TargetError, match=f"did you mean '{meant}'"):
         Target.parse(text)

@@ -43,7 +43,7 @@ def test_qkv_and_gate_up_become_one_linear_each() -> None:
     assert counts(after.graph("forward"))["linear"] == 2 * 4 + 1
     assert report.stats.per_rule["merge-linears"] == 4
     error, scale = forward_error(raised, after)
-    assert 0 < scale
+    assert scale > 0
     assert error <= 64 * EPS * scale
 
 

@@ -23,7 +23,11 @@ ALL = (RaiseAten(), Canonicalize(), InsertKVCache(), Lower())
 def calls(program: Program) -> list[str]:
     """Region calls and lone ops of the step, in order."""
     nodes = [n for n in program.graph("step").fx.nodes if n.op in ("call_module", "call_function")]
-    return [n.name if n.op == "call_function" else str(n.target) for n in nodes if not n.name.startswith(("getitem", "sym_size"))]
+    return [
+        n.name if n.op == "call_function" else str(n.target)
+        for n in nodes
+        if not n.name.startswith(("getitem", "sym_size"))
+    ]
 
 
 def test_a_decoder_is_positions_embed_layers_head() -> None:
@@ -78,7 +82,12 @@ def _double() -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
     )
     return LlamaForCausalLM(config).double().eval()
 

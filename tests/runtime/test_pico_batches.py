@@ -1,4 +1,4 @@
-"""The embedded model on the default and the reference recipe: how a prompt is cut up or batched never shows in its tokens."""
+"""The embedded model on both recipes: how a prompt is cut up or batched never shows in its tokens."""
 
 from __future__ import annotations
 
