@@ -135,9 +135,7 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
     return functional
 
 
-def _check_inputs(
-    exported: ExportedProgram, tensors: Mapping[str, tuple[str, Tensor]], facts: ModelFacts
-) -> None:
+def _check_inputs(exported: ExportedProgram, tensors: Mapping[str, tuple[str, Tensor]], facts: ModelFacts) -> None:
     """Exactly input_ids and position_ids, int64 [B, T] with B and T free."""
     nodes = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name not in tensors]
     if len(nodes) != 2:

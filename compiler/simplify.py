@@ -79,7 +79,7 @@ def _literal(arg: Any) -> Any:
 def _is_whole_slice(node: fx.Node) -> bool:
     start = node.args[2] if len(node.args) > 2 else 0
     step = node.args[4] if len(node.args) > 4 else 1
-    return start in (0, None) and step == 1
+    return bool(start is None or start == 0) and bool(step == 1)
 
 
 def _same_shape(a: Tensor, b: Tensor) -> bool:

@@ -76,9 +76,9 @@ def decode_cpu() -> str:
     settings = figures["settings"]
     lines = [
         f"{Path(settings['model']).name}, {settings['dtype']}, {settings['prompt_tokens']} prompt and "
-        f"{settings['new_tokens']} new tokens, {figures['cpu']}, {figures['threads']} threads, torch {figures['torch']}; "
-        "peers interleaved in one process, greedy tokens identical. The last column is the share of the read bandwidth "
-        "measured in the same rounds "
+        f"{settings['new_tokens']} new tokens, {figures['cpu']}, {figures['threads']} threads, "
+        f"torch {figures['torch']}; peers interleaved in one process, greedy tokens identical. The last column is the "
+        "share of the read bandwidth measured in the same rounds "
         f"({figures['read_bandwidth_bytes_per_s'] / 1e9:.0f} GB/s) that the weights and cache read take up.",
         "",
         "| batch | | tokens/s (decode) | first token | of read bandwidth |",

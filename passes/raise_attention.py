@@ -177,9 +177,7 @@ class FusedAttention(Rule):
         """One attention."""
         window = self.oracle.window(m["mask"]) if m["mask"] is not None else 0
         scale = m["scale"] if m["scale"] is not None else m.val("q").shape[-1] ** -0.5
-        return b.ir.attention(
-            m["q"], strip_repeat(m["k"]), strip_repeat(m["v"]), None, float(scale), window, 0.0
-        )
+        return b.ir.attention(m["q"], strip_repeat(m["k"]), strip_repeat(m["v"]), None, float(scale), window, 0.0)
 
 
 class WrittenAttention(Rule):

@@ -1,9 +1,9 @@
 """Raising rotary embeddings: the half-split spellings become one `rope`; interleaved pairs stay in aten.
 
-    low, high = x[..., :R/2], x[..., R/2:R]
-    x * cos + cat(-high, low) * sin                                            =>    rope(x, cos, sin)
-    cat(low * cos - high * sin, high * cos + low * sin)  # cos of half width =>  rope(x, cat(cos, cos), cat(sin, sin))
-    cat(rope(x[..., :R]), x[..., R:])                                          =>    rope(x, cos, sin)
+low, high = x[..., :R/2], x[..., R/2:R]
+x * cos + cat(-high, low) * sin                                            =>    rope(x, cos, sin)
+cat(low * cos - high * sin, high * cos + low * sin)  # cos of half width =>  rope(x, cat(cos, cos), cat(sin, sin))
+cat(rope(x[..., :R]), x[..., R:])                                          =>    rope(x, cos, sin)
 """
 
 from __future__ import annotations

@@ -93,9 +93,7 @@ def _rope(kind: str, **options: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **options}}
 
 
-_LLAMA3 = _rope(
-    "llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-)
+_LLAMA3 = _rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 _TWO_BASES = {
     "rope_parameters": {
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},

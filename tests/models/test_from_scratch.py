@@ -8,7 +8,7 @@ from models.scratch import CONTEXT, GPT, VOCAB, greedy, randomized
 from torch.export import Dim
 
 import llmopt
-from llmopt.compiler.errors import CaptureError, InputError
+from llmopt.compiler.errors import CaptureError, InputError, LlmoptError
 from llmopt.compiler.program import ModelFacts
 
 PROMPTS = [[5], [7, 8], [3, 1, 4, 1, 5, 9, 2, 6], list(range(40, 70)), [90, 2] * 25]
@@ -150,3 +150,28 @@ def test_products_with_bare_weights_become_linears():
     forward = compiled.program.graph("forward")
     assert not list(forward.calls("aten.matmul"))
     assert compiled.generate(PROMPTS, max_new_tokens=12) == tokens_of_torch(model, 12)
+
+
+class Autocast(GPT):
+    """Casts in a block of its own."""
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(input_ids, position_ids).float()
+
+
+def test_autocast_inside_the_forward_is_an_error_or_the_same_tokens():
+    model = randomized(Autocast())
+    try:
+        compiled = llmopt.compile(model, recipe="reference")
+    except LlmoptError as error:
+        assert "autocast" in str(error)  # noqa: PT017
+    else:
+        ids = torch.tensor([PROMPTS[-1]])
+        torch.testing.assert_close(compiled(ids), model(ids, torch.arange(ids.shape[1])[None]))
+
+
+def test_a_model_exported_in_training_mode_is_refused():
+    program = exported(randomized(GPT()).train())
+    with pytest.raises(LlmoptError, match=r"scratch\.py:\d+.*random numbers.*eval mode"):
+        llmopt.compile(program, recipe="reference", facts=FACTS)

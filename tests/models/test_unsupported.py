@@ -89,9 +89,12 @@ def anticausal(m, x, ids, at):
 
 
 def over_sequences(m, x, ids, at):
-    return F.scaled_dot_product_attention(*(heads(x.transpose(0, 1)),) * 3, is_causal=True).transpose(1, 2).reshape(
-        x.shape[1], x.shape[0], WIDTH
-    ).transpose(0, 1)
+    return (
+        F.scaled_dot_product_attention(*(heads(x.transpose(0, 1)),) * 3, is_causal=True)
+        .transpose(1, 2)
+        .reshape(x.shape[1], x.shape[0], WIDTH)
+        .transpose(0, 1)
+    )
 
 
 def batch_and_heads_swapped(m, x, ids, at):
@@ -376,31 +379,3 @@ class LastOnly(GPT):
 def test_logits_of_the_last_token_only_are_refused():
     with pytest.raises(LlmoptError, match=r"logits \[B, T, 96\]"):
         llmopt.compile(randomized(LastOnly()), recipe="reference")
-
-
-class Autocast(GPT):
-    """Casts in a block of its own."""
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return super().forward(input_ids, position_ids).float()
-
-
-def test_autocast_inside_the_forward_is_an_error_or_the_same_tokens():
-    model = randomized(Autocast())
-    try:
-        compiled = llmopt.compile(model, recipe="reference")
-    except LlmoptError as error:
-        assert "autocast" in str(error)  # noqa: PT017
-    else:
-        ids = torch.tensor([PROMPTS[-1]])
-        torch.testing.assert_close(compiled(ids), model(ids, torch.arange(ids.shape[1])[None]))
-
-
-def test_a_model_exported_in_training_mode_is_refused():
-    model = randomized(GPT()).train()
-    ids, at = torch.ones(2, 5, dtype=torch.int64), torch.arange(5).expand(2, 5).contiguous()
-    sizes = {0: torch.export.Dim("b", max=64), 1: torch.export.Dim("t", max=CONTEXT - 1)}
-    program = torch.export.export(model, (ids, at), dynamic_shapes=(sizes, sizes))
-    with pytest.raises(LlmoptError, match=r"scratch\.py:\d+.*random numbers.*eval mode"):
-        llmopt.compile(program, recipe="reference", facts=ModelFacts("GPT", VOCAB, CONTEXT))
