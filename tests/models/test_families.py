@@ -25,12 +25,29 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
-def compiled(family: Family, model: torch.nn.Module, folder: Path, dtype: str = "float32") -> CompiledModel:
+def compiled(
+    family: Family, model: torch.nn.Module, folder: Path, dtype: str = "float32", recipe: str = "reference"
+) -> CompiledModel:
     """From the saved folder, or as it is where the family's class does not fit its weights any more."""
     if family.alter is not None:
-        return llmopt.compile(model, recipe="reference")
+        return llmopt.compile(model, recipe=recipe)
     model.save_pretrained(folder)
-    return llmopt.compile(folder, recipe="reference", dtype=dtype)
+    return llmopt.compile(folder, recipe=recipe, dtype=dtype)
+
+
+# one of each kind of attention, norm and position: the compiled path is the same for the others
+COMPILED = ("Llama 3.1", "Mistral", "Gemma 2", "Gemma 3", "Phi-3", "GPT-NeoX", "GPT-2", "GPT-OSS, dense")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_regions_give_the_tokens_of_transformers(name: str, tmp_path: Path):
+    family = BY_NAME[name]
+    model = family.model()
+    mine = compiled(family, model, tmp_path, recipe="default")
+    assert mine.program.choices["providers"]["attend=cpp"] > 0
+    assert mine.generate(prompts(), max_new_tokens=NEW_TOKENS, ignore_eos=True) == hf_tokens(
+        model, prompts(), NEW_TOKENS
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PICO = ROOT / "examples/models/pico-llama-4m"
 SMALL = Path(os.environ.get("LLMOPT_TEST_MODELS", ROOT.parent / "shared/models")) / "small-llama-28m"
 LENGTHS = (1, 2, 3, 7, 15, 16, 17, 31, 40, 64, 65, 100, 128, 150, 200, 300)
-RECIPES = ("reference",)
+RECIPES = ("reference", "default")
 
 
 def needs(path: Path) -> pytest.MarkDecorator:
