@@ -85,6 +85,8 @@ def _read(mode: str | None, options: dict[str, Any]) -> tuple[FragmentCompiler, 
             f"mode {mode!r} is one of Inductor's, which backend 'llmopt' does not take; use "
             f"options={{'inductor': torch._inductor.list_mode_options({mode!r})}} in its place"
         )
+    if not isinstance(options, dict):
+        raise InputError(f"options of backend 'llmopt' is {options!r}; wanted a dict such as {{'recipe': 'default'}}")
     for key, value in options.items():
         if key not in _OPTIONS:
             raise InputError(f"option {key!r} of backend 'llmopt' is unknown; {did_you_mean(key, _OPTIONS)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,16 @@ class CompiledModel:
                 f"input_ids holds {worst[0] if worst[1] >= 0 else worst[1]}; wanted ids in "
                 f"[0, {self.program.facts.vocab_size})"
             )
+        if input_ids.is_floating_point() or input_ids.shape[1] > self.program.facts.context_length:
+            raise InputError(
+                f"input_ids is {input_ids.dtype} {tuple(input_ids.shape)}; wanted whole numbers [B, T], T at most "
+                f"the model's context of {self.program.facts.context_length}"
+            )
+        if position_ids is not None and not _in_order(position_ids, input_ids, self.program.facts.context_length):
+            raise InputError(
+                f"position_ids {tuple(position_ids.shape)} for input_ids {tuple(input_ids.shape)}; wanted the same "
+                "shape and, in each row, consecutive positions within the context; one row a sequence"
+            )
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1]).expand(input_ids.shape).contiguous()
         if self._forward is None:
@@ -101,11 +112,12 @@ class CompiledModel:
         ids, as in transformers, and not of text. Raises InputError on a prompt that cannot be run, before any does.
         """
         texts, single, ids = self._encode(prompts)
-        params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, tuple(stop_token_ids), ignore_eos)
+        stops = tuple(stop_token_ids) if isinstance(stop_token_ids, Iterable) else stop_token_ids
+        params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, stops, ignore_eos)
         if stream:
             return self._stream(ids, params, texts)
         made = self.engine.generate(ids, params)
-        results: list[Any] = [self._decode(m) for m in made] if texts else made
+        results: list[Any] = [self._decode(m, params) for m in made] if texts else made
         return results[0] if single else results
 
     def _stream(self, ids: list[list[int]], params: SamplingParams, texts: bool) -> Iterator[tuple[int, Any]]:
@@ -117,33 +129,38 @@ class CompiledModel:
                 yield event.sequence, event.token
                 continue
             made[event.sequence].append(event.token)
-            text = self._decode(made[event.sequence])
+            text = self._decode(made[event.sequence], params)
             # a multi-byte character may still be incomplete: wait for the rest of it
             if text.endswith("\ufffd") and event.finished is None:
                 continue
             yield event.sequence, text[len(shown[event.sequence]) :]
             shown[event.sequence] = text
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        eos = set(self.program.facts.eos_token_ids)
-        return str(self.tokenizer.decode([i for i in ids if i not in eos], skip_special_tokens=True))
+    def _decode(self, ids: Sequence[int], params: SamplingParams) -> str:
+        ends = {*self.program.facts.eos_token_ids, *params.stop_token_ids}
+        kept = ids[:-1] if ids and ids[-1] in ends else ids
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True))
 
     def _encode(self, prompts: Prompts) -> tuple[bool, bool, list[list[int]]]:
         """(are they text, is it a single one, token ids)"""
         if isinstance(prompts, str):
             return True, True, [self._ids(prompts)]
-        if not isinstance(prompts, Iterable):
+        if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, dict)):
             raise InputError(f"generate was given {prompts!r}; wanted a text, a list of token ids, or a list of either")
-        listed: list[Any] = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
+        listed: list[Any] = _whole(prompts) if isinstance(prompts, Tensor) else list(prompts)
         if not listed:
             raise InputError("generate was given no prompt; wanted a text, a list of token ids, or a list of either")
         if all(isinstance(p, str) for p in listed):
             return True, False, [self._ids(p) for p in listed]
-        if all(isinstance(p, int) for p in listed):
-            return False, True, [listed]
-        if not all(isinstance(p, Iterable) and not isinstance(p, str) for p in listed):
-            raise InputError("generate was given prompts of several kinds; wanted texts only, or lists of ids only")
-        return False, False, [p.tolist() if isinstance(p, Tensor) else list(p) for p in listed]
+        if all(_is_id(p) for p in listed):
+            return False, True, [[int(p) for p in listed]]
+        rows = [_whole(p) if isinstance(p, Tensor) else p for p in listed]
+        if not all(isinstance(p, (list, tuple)) and all(_is_id(i) for i in p) for p in rows):
+            raise InputError(
+                "generate was given prompts of several kinds, or ids that are no whole numbers; wanted texts only, or "
+                "lists of ids only"
+            )
+        return False, False, [[int(i) for i in p] for p in rows]
 
     def _ids(self, text: str) -> list[int]:
         if self.tokenizer is None:
@@ -168,6 +185,25 @@ class CompiledModel:
 
         parts = Parts(self.program, self.recipe, self.target, self.report, self.regions)
         return save(parts, Path(path), self.weights, __version__)
+
+
+def _in_order(positions: Tensor, ids: Tensor, context: int) -> bool:
+    """Attention goes by index and rotation by position, so the two must run alike."""
+    if positions.shape != ids.shape or positions.is_floating_point():
+        return False
+    steps = positions[:, 1:] - positions[:, :-1]
+    return bool((steps == 1).all()) and int(positions.min()) >= 0 and int(positions.max()) < context
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _whole(ids: Tensor) -> list[Any]:
+    """The ids of a tensor [T] or [B, T]."""
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
+        raise InputError(f"a prompt is a tensor {ids.dtype} {tuple(ids.shape)}; wanted whole numbers [T] or [B, T]")
+    return ids.tolist()
 
 
 class _Current(dict[str, Tensor]):

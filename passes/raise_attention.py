@@ -18,7 +18,8 @@ from llmopt.compiler.pattern import AnyOf, aten
 from llmopt.compiler.program import Program
 from llmopt.compiler.rewrite import Builder, Match, Rule
 
-LONGEST_MASK = 4096
+CHECKED_MASK = 4096  # tokens up to which any mask is evaluated
+LONGEST_MASK = 8192  # and up to which one is that could change beyond
 
 
 class MaskOracle:
@@ -48,7 +49,11 @@ class MaskOracle:
         if self._reads(node, self._reads_tokens):
             return "the mask depends on the tokens"
         limit = self.program.facts.context_length
-        length = min(limit, LONGEST_MASK)
+        length = min(limit, CHECKED_MASK)
+        if limit > length and self._reads(node, _could_change_late):
+            if limit > LONGEST_MASK:
+                return f"the mask holds a weight or a number, so it may change beyond the {LONGEST_MASK} tokens checked"
+            length = limit
         found: int | str = 0
         # the same rule at three lengths, and the same for each sequence: a window must not depend on either
         for batch, size in ((1, length), (1, length // 2 + 1), (3, min(5, length))):
@@ -60,8 +65,6 @@ class MaskOracle:
                 found = window
             if isinstance(window, str) or isinstance(found, str) or window != (found if found < size else 0):
                 return window if isinstance(window, str) else "the window of the mask depends on the number of tokens"
-        if found == 0 and limit > length and self._reads(node, lambda n: _has_constant_beyond(n, length)):
-            return f"the mask holds a constant beyond {LONGEST_MASK}, up to which it was checked"
         return found
 
     def _evaluated(self, node: fx.Node, batch: int, length: int, blocked_where: bool | None) -> Tensor | str:
@@ -93,9 +96,10 @@ class MaskOracle:
         return False
 
 
-def _has_constant_beyond(node: fx.Node, length: int) -> bool:
-    """Could the mask change past the evaluated length? Only if a constant that large is in it."""
-    return any(isinstance(a, int) and length < a < 2**31 for a in (*node.args, *node.kwargs.values()))
+def _could_change_late(node: fx.Node) -> bool:
+    """A mask made of positions, comparisons, small axes and fill values alone has nothing to tell far from near by."""
+    numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, (int, float))]
+    return node.op == "get_attr" or any(n != int(n) or not -4 <= n <= 4 for n in numbers if -1e4 < n < 2**31)
 
 
 def _allowed(mask: Tensor, blocked_where: bool | None) -> Tensor | str:
@@ -122,13 +126,12 @@ def strip_repeat(node: Any) -> Any:
     if not isinstance(node, fx.Node):
         return node
     name = target_name(node)
-    if name == "aten.repeat_interleave" and len(node.args) > 2 and node.args[2] in (1, -3):
-        return node.args[0]
+    if name == "aten.repeat_interleave":
+        even = len(node.args) > 2 and isinstance(node.args[1], int) and node.args[2] in (1, -3)
+        return node.args[0] if even else node
     if name not in ("aten.reshape", "aten.view") or target_name(spread := _first(node)) != "aten.expand":
         return node
     single = _first(spread)
-    while target_name(single) == "aten.slice":  # k[:, :, None, :, :]
-        single = _first(single)
     if target_name(single) != "aten.unsqueeze" or single.args[1] != 2:
         return node
     kept, source = node.meta["val"].shape, _first(single).meta["val"].shape
@@ -141,12 +144,24 @@ def _first(node: fx.Node) -> fx.Node:
     return found
 
 
-def _check_heads(m: Match, q: Any, k: Any, v: Any) -> Any:
-    values = [n.meta["val"] if isinstance(n, fx.Node) else None for n in (q, k, v)]
-    if any(not isinstance(t, Tensor) or t.dim() != 4 for t in values):
-        return m.fail("q, k and v are not [B, H, T, D]", m.root)
-    tokens = {str(t.shape[2]) for t in values if t is not None}
-    return None if len(tokens) == 1 else m.fail(f"q, k and v have different lengths {sorted(tokens)}", m.root)
+def grouped(q: Any, k: Any, v: Any, turned: bool = False) -> tuple[Any, Any] | str:
+    """k and v as `attention` takes them, un-repeated where both were; or why q, k and v do not fit together.
+
+    `turned`: k is [B, H, D, T].
+    """
+    if any(not isinstance(n, fx.Node) or n.meta["val"].dim() != 4 for n in (q, k, v)):
+        return "q, k and v are not [B, H, T, D]"
+    batch, heads, length, _ = q.meta["val"].shape
+    reason = ""
+    for a, b in ((strip_repeat(k), strip_repeat(v)), (k, v)):
+        ka, vb = a.meta["val"].shape, b.meta["val"].shape
+        sizes = [str((s[0], s[1], s[n])) for s, n in ((ka, 3 if turned else 2), (vb, 2))]
+        fits = str(ka[0]) == str(batch) and str(vb[2]) == str(length) and heads % ka[1] == 0
+        if sizes[0] == sizes[1] and fits:
+            return a, b
+        shapes = f"{tuple(q.meta['val'].shape)}, {tuple(ka)}, {tuple(vb)}"
+        reason = f"q, k and v do not fit together as heads over one length: {shapes}"
+    return reason
 
 
 class FusedAttention(Rule):
@@ -171,13 +186,17 @@ class FusedAttention(Rule):
             window = self.oracle.window(m["mask"])
             if isinstance(window, str):
                 return m.fail(window, m["mask"])
-        return _check_heads(m, m["q"], strip_repeat(m["k"]), strip_repeat(m["v"]))
+        fitting = grouped(m["q"], m["k"], m["v"])
+        return m.fail(fitting, m.root) if isinstance(fitting, str) else None
 
     def rewrite(self, b: Builder, m: Match) -> Any:
         """One attention."""
         window = self.oracle.window(m["mask"]) if m["mask"] is not None else 0
         scale = m["scale"] if m["scale"] is not None else m.val("q").shape[-1] ** -0.5
-        return b.ir.attention(m["q"], strip_repeat(m["k"]), strip_repeat(m["v"]), None, float(scale), window, 0.0)
+        fitting = grouped(m["q"], m["k"], m["v"])
+        assert not isinstance(fitting, str)
+        k, v = fitting
+        return b.ir.attention(m["q"], k, v, None, float(scale), window, 0.0)
 
 
 class WrittenAttention(Rule):
@@ -202,15 +221,16 @@ class WrittenAttention(Rule):
             return m.fail(found, m["scores"])
         if found.window is None:
             return m.fail("no causal mask between the scores and the softmax", m["scores"])
-        if m.root.meta["val"].dim() != 4:
-            return m.fail("q, k and v are not [B, H, T, D]", m.root)
-        return None if found.turned else _check_heads(m, found.q, strip_repeat(found.k), strip_repeat(m["v"]))
+        fitting = grouped(found.q, found.k, m["v"], found.turned)
+        return m.fail(fitting, m.root) if isinstance(fitting, str) else None
 
     def rewrite(self, b: Builder, m: Match) -> Any:
         """One attention."""
         found = _Scores(self.oracle).walk(m["scores"])
         assert not isinstance(found, str)
-        k, v = strip_repeat(found.k), strip_repeat(m["v"])
+        fitting = grouped(found.q, found.k, m["v"], found.turned)
+        assert not isinstance(fitting, str)
+        k, v = fitting
         k = b.aten.transpose.int(k, -2, -1) if found.turned else k
         return b.ir.attention(found.q, k, v, None, found.scale, found.window, found.softcap)
 
@@ -274,6 +294,8 @@ class _Scores:
     def _masked(self, node: fx.Node, mask: Any, blocked_where: bool | None) -> Any:
         if self.window is not None or not isinstance(mask, fx.Node):
             return "the scores are masked twice or shifted by a constant"
+        if self.scale != 1.0:
+            return "the scores are scaled after the mask, which may lift what was masked"
         if self.softcap:
             return "the scores are masked before the soft-cap, which lifts what was masked"
         window = self.oracle.window(mask, blocked_where)

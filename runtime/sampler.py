@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -41,6 +42,15 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        numbers = {"max_new_tokens": Integral, "temperature": Real, "top_p": Real, "top_k": Integral, "seed": Integral}
+        for name, kind in numbers.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                wanted = "a whole number" if kind is Integral else "a number"
+                raise InputError(f"sampling: {name} is {value!r} ({type(value).__name__}); wanted {wanted}")
+        stops = self.stop_token_ids
+        if not isinstance(stops, tuple) or not all(isinstance(s, Integral) and not isinstance(s, bool) for s in stops):
+            raise InputError(f"sampling: stop_token_ids is {stops!r}; wanted a tuple of token ids")
         for ok, name, wanted in (
             (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
             (

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import BertConfig, LlamaConfig
 from typer.testing import CliRunner
 
 import llmopt
 from llmopt.cli import app
-from llmopt.compiler.errors import LlmoptError
+from llmopt.compiler.errors import InputError, LlmoptError
 from llmopt.model import CompiledModel
 
 PICO = Path(__file__).resolve().parents[1] / "examples" / "models" / "pico-llama-4m"
@@ -181,7 +182,13 @@ def test_names(tmp_path: Path, options: tuple[str, str], said: str):
         ([[1, 8192]], {}, "token id 8192 at index 1, the vocabulary has 8192"),
         ([[1], [-1]], {}, "prompt 1 has token id -1"),
         ([[1] * 4096], {}, "has 4096 tokens, the model's context is 4096"),
-        ([["a"]], {}, "tokenize it first"),
+        ([["a"]], {}, "ids that are no whole numbers"),
+        ([[1, True]], {}, "ids that are no whole numbers"),
+        (b"ab", {}, "wanted a text"),
+        ({"a": 1}, {}, "wanted a text"),
+        ([[1]], {"seed": "x"}, "seed is 'x' (str); wanted a whole number"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5 (float); wanted a whole number"),
+        ([[1]], {"stop_token_ids": 5}, "stop_token_ids is 5; wanted a tuple"),
         ([[1], "a"], {}, "prompts of several kinds"),
         (None, {}, "wanted a text"),
         (7, {}, "wanted a text"),
@@ -249,3 +256,20 @@ def test_debug_shows_the_traceback(tmp_path: Path):
     assert out == ""
     assert "Traceback (most recent call last)" in err
     assert err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("ids", "positions", "said"),
+    [
+        (torch.ones(1, 3), None, "wanted whole numbers"),
+        (torch.ones(1, 5000, dtype=torch.int64), None, "context of 4096"),
+        (torch.ones(1, 3, dtype=torch.int64), torch.tensor([[0, 1]]), "wanted the same"),
+        (torch.ones(1, 4, dtype=torch.int64), torch.tensor([[0, 1, 0, 1]]), "consecutive positions"),
+        (torch.ones(1, 1, dtype=torch.int64), torch.tensor([[10**6]]), "within the context"),
+    ],
+)
+def test_inputs_of_the_plain_forward(
+    model: CompiledModel, ids: torch.Tensor, positions: torch.Tensor | None, said: str
+):
+    with pytest.raises(InputError, match=said):
+        model(ids, positions)
