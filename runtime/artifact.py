@@ -76,6 +76,7 @@ def load(path: Path) -> Parts:
         manifest = _manifest(path)
         target = Target.from_dict(manifest["target"])
         native.check_machine(path, target, manifest["code"])
+        _check_listed(path, manifest)
         _check_files(path, manifest["files"])
         return _read(path, manifest, target)
     except OSError as error:
@@ -182,7 +183,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != "llmopt":
         raise ArtifactError(f"{place}: not the manifest of an llmopt artifact; wanted a folder that `save` wrote")
     version = manifest.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise ArtifactError(
             f"{place}: artifact format {version!r}, written by llmopt {manifest.get('llmopt')}, and this llmopt "
             f"reads up to {VERSION}; upgrade llmopt, or save the artifact again with this one"
@@ -190,6 +191,21 @@ def _manifest(path: Path) -> dict[str, Any]:
     if manifest.pop("sha256", None) != _digest(manifest):
         raise ArtifactError(f"{place}: it was edited or damaged (its own sha256 does not match); {_AGAIN}")
     return manifest
+
+
+def _check_listed(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Nothing is read but what the manifest lists, so nothing that is not checked, or lies elsewhere."""
+    code, tokenizer = manifest["code"], manifest["model"]["tokenizer"]
+    used = {"recipe.json", "report.json", *(f"graphs/{name}.json" for name in manifest["graphs"])}
+    used |= {file for file, _, _ in manifest["weights"].values()}
+    used |= {f"code/{code['kernels']}"} if code.get("kernels") else set()
+    for region in code.get("regions", {}).values():
+        used |= {region["source"], *region["libraries"].values()}
+    unlisted = sorted(used - manifest["files"].keys())
+    if tokenizer not in (None, "tokenizer"):
+        unlisted.append(tokenizer)
+    if unlisted:
+        raise ArtifactError(f"{path / MANIFEST}: it uses {unlisted[0]!r}, which is no file it lists; {_AGAIN}")
 
 
 def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:

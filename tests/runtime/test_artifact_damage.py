@@ -138,3 +138,22 @@ def test_files_outside_are_not_touched(copy: Path):
     (copy.parent / "secret").write_text("x")
     reseal(copy, files=manifest["files"] | {"../secret": {}})
     assert "lies outside the artifact" in refusal(copy)
+
+
+def test_nothing_is_read_that_the_manifest_does_not_list(copy: Path):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    name, (_, key, note) = next(iter(manifest["weights"].items()))
+    shutil.copy(copy / "weights-00001.safetensors", copy.parent / "elsewhere.safetensors")
+    for change, said in (
+        ({"files": {}}, "which is no file it lists"),
+        (
+            {"weights": manifest["weights"] | {name: ["../elsewhere.safetensors", key, note]}},
+            "'../elsewhere.safetensors'",
+        ),
+        ({"model": manifest["model"] | {"tokenizer": "../gpt/tokenizer"}}, "'../gpt/tokenizer'"),
+        ({"version": True}, "artifact format True"),
+    ):
+        reseal(copy, **change)
+        assert said in refusal(copy)
+        reseal(copy, **{k: manifest[k] for k in change})
+    artifact.load(copy)
