@@ -91,7 +91,8 @@ def _line_of(stack: traceback.StackSummary) -> str:
 
 
 _HERE = __file__.rsplit("/", 1)[0]
-_NOT_THE_MODEL = ("/torch/", "/integrations/", "<", "/contextlib.py", "/transformers/utils/", _HERE)
+_TORCH = torch.__file__.rsplit("/", 1)[0] + "/"
+_NOT_THE_MODEL = (_TORCH, "/integrations/", "<", "/contextlib.py", "/transformers/utils/", _HERE)
 
 
 def capture(
@@ -253,7 +254,7 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
 def _source(node: fx.Node) -> str:
     """`file.py:88` of the innermost frame that is not torch's own."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
-    own = [f for f in frames if "/torch/" not in f[0] and "/integrations/" not in f[0]] or frames
+    own = [f for f in frames if not f[0].startswith(_TORCH) and "/integrations/" not in f[0]] or frames
     return f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]}" if own else "unknown line"
 
 
