@@ -182,12 +182,3 @@ class Graph:
         text = f"    {node.name}: {type_of(node.meta.get('val'))} = {target_name(node)}({', '.join(args)})"
         note = str(origin(node)) if provenance else ""
         return f"{text}  # {note}" if note else text
-
-
-_NUMBERED = re.compile(r"^(.*?)_\d+$")
-
-
-def base_name(name: str) -> str:
-    """`mul_17` -> `mul`."""
-    match = _NUMBERED.match(name)
-    return match.group(1) if match else name

@@ -87,8 +87,8 @@ def _cache_home() -> Path:
 
 debug: Knob[int] = Knob(
     "LLMOPT_DEBUG", "a whole number 0..4", _level(4), lambda: 0, "0",
-    "Print while compiling: 1 the statistics of each pass, 2 also the graphs, 3 also every match, "
-    "4 also generated sources and near misses.",
+    "Print while compiling: 1 the statistics of each pass, 2 also the graphs, 3 also every rewrite, "
+    "4 also the near miss of each rule that rewrote nothing.",
 )  # fmt: skip
 dump: Knob[Path | None] = Knob(
     "LLMOPT_DUMP", "a folder (made if absent)", _folder, lambda: None, "no dump",

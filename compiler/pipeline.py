@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -239,9 +240,25 @@ def forward_error(a: Program, b: Program, tokens: int = 12) -> tuple[float, floa
     return float(difference), float(want.double().abs().max())
 
 
+def debug_hook(before: Program, item: Pass, after: Program, report: PassReport) -> None:
+    """Prints to stderr what LLMOPT_DEBUG asks for: statistics, graphs, rewrites, near misses."""
+    level, stats = knobs.debug(), report.stats
+    said = [
+        f"{item.name}: matched {stats.matched}, rewrote {stats.rewritten} {dict(stats.per_rule)}, {report.ms:.0f} ms"
+    ]
+    said += [f"  declined {count}: {rule}: {why}" for (rule, why), count in stats.rejected.items()]
+    if level >= 2:
+        said.append(program_text(after))
+    if level >= 3:
+        said += [f"  {record.rule} at %{record.root} ({record.source})" for record in stats.log]
+    if level >= 4:
+        said += [f"  near: {miss}" for applied in stats.applied for miss in applied.near_misses.values()]
+    print("\n".join(said), file=sys.stderr)
+
+
 def hooks_from_knobs() -> list[Hook]:
     """The hooks the environment asks for; structure is always verified unless LLMOPT_VERIFY=0."""
-    hooks: list[Hook] = []
+    hooks: list[Hook] = [debug_hook] if knobs.debug() else []
     if knobs.verify() > 0:
         hooks.append(verify_hook)
     if knobs.numerics():
