@@ -63,6 +63,10 @@ class BuildError(LlmoptError):
     """Native code could not be built or loaded on this machine."""
 
 
+class EmitError(LlmoptError):
+    """Nodes cannot be printed as a kernel; the caller runs them another way."""
+
+
 class ArtifactError(LlmoptError):
     """An artifact cannot be written where it was asked for, or what was read is damaged, too new, or none."""
 
