@@ -1,0 +1,228 @@
+"""The peers of the GPU decoding benchmark: transformers, our plain module under Inductor, and llmopt.
+
+A peer is made for one (model, batch, context) case. It reads the prompt for real; `rewind` puts it back to the end of
+the prompt, and `step` makes one greedy token of each sequence from the one before, token in, token out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from _gpu_models import Plain, Weights
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+SPARE = 64  # positions a static cache has beyond the prompt
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is decoded: ids int64 [B, context + 1], the last of which is the first decoding step's input."""
+
+    model: PreTrainedModel
+    weights: Weights
+    ids: Tensor
+    compiled: bool = True  # False: nothing goes through torch.compile (for tests)
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self.ids.shape[0]
+
+    @property
+    def context(self) -> int:
+        """Tokens in the cache before the first decoding step."""
+        return self.ids.shape[1] - 1
+
+
+class Peer(Protocol):
+    """Something that decodes; `note` says how it was set up."""
+
+    note: str
+
+    def rewind(self) -> None:
+        """Back to the end of the prompt, the last id of the case as the next input; not timed."""
+
+    def step(self) -> Tensor:
+        """One token of each sequence; logits [B, V], good until the next step."""
+
+
+class Eager:
+    """transformers as a user runs it: eager forward, a cache that grows."""
+
+    note = "transformers, eager forward, DynamicCache, sdpa"
+
+    def __init__(self, case: Case) -> None:
+        self.model, self.ids = case.model, case.ids
+        self.cache = DynamicCache(config=case.model.config)
+        case.model(case.ids[:, :-1], past_key_values=self.cache, logits_to_keep=1)
+        self.read = [(layer.keys, layer.values) for layer in self.cache.layers]
+
+    def rewind(self) -> None:
+        """The prompt's keys and values again (growing makes new tensors)."""
+        for layer, (keys, values) in zip(self.cache.layers, self.read, strict=True):
+            layer.keys, layer.values = keys, values
+        self.token = self.ids[:, -1:]
+
+    def step(self) -> Tensor:
+        """Forward and argmax."""
+        logits: Tensor = self.model(self.token, past_key_values=self.cache).logits[:, -1]
+        self.token = logits.argmax(-1, keepdim=True)
+        return logits
+
+
+class _HfStep(nn.Module):
+    """Forward, argmax and the token fed back, as one graph; the token is a buffer, so nothing is copied into it."""
+
+    def __init__(self, model: PreTrainedModel, cache: StaticCache, batch: int) -> None:
+        super().__init__()
+        self.model, self.cache = model, cache
+        self.register_buffer("token", torch.zeros(batch, 1, dtype=torch.int64, device=model.device), persistent=False)
+
+    def forward(self) -> Tensor:
+        logits: Tensor = self.model(self.token, past_key_values=self.cache).logits[:, -1]
+        self.token.copy_(logits.argmax(-1, keepdim=True))
+        return logits
+
+
+class HfStatic:
+    """transformers' forward with its StaticCache under torch.compile, one graph; prompt read by the eager forward."""
+
+    def __init__(self, case: Case, mode: str) -> None:
+        length = case.context + SPARE
+        self.note = f"transformers, StaticCache of {length}, sdpa, torch.compile(fullgraph=True, mode={mode!r})"
+        self.ids = case.ids
+        cache = StaticCache(config=case.model.config, max_cache_len=length)
+        case.model(case.ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+        self.module = _HfStep(case.model, cache, case.batch)
+        self.lengths = [layer.cumulative_length for layer in cache.layers]
+        self.run = compiled(self.module, mode) if case.compiled else self.module
+
+    def rewind(self) -> None:
+        """The cache's own lengths and the token."""
+        for length in self.lengths:
+            length.fill_(self.ids.shape[1] - 1)
+        self.module.token.copy_(self.ids[:, -1:])
+
+    def step(self) -> Tensor:
+        """One replay."""
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.run()  # type: ignore[no-any-return]
+
+
+class _PlainStep(nn.Module):
+    def __init__(self, plain: Plain) -> None:
+        super().__init__()
+        self.plain = plain
+
+    def forward(self) -> Tensor:
+        return self.plain.step()
+
+
+class PlainInductor:
+    """Our plain module under torch.compile: the strongest case for Inductor."""
+
+    def __init__(self, case: Case, mode: str, attention: str = "sdpa") -> None:
+        length = case.context + SPARE
+        self.note = f"plain module, static cache of {length}, attention {attention}, torch.compile(mode={mode!r})"
+        self.ids = case.ids
+        self.plain = Plain(case.weights, case.batch, length, attention)
+        prompt = torch.arange(case.context, device=case.ids.device)
+        for row in range(case.batch):  # one at a time: scores of a masked prompt take memory
+            _prefill_row(self.plain, case.ids[row : row + 1, :-1], prompt, row)
+        module = _PlainStep(self.plain)
+        self.run = compiled(module, mode) if case.compiled else module
+
+    def rewind(self) -> None:
+        """The token and its position."""
+        self.plain.token.copy_(self.ids[:, -1:])
+        self.plain.position.fill_(self.ids.shape[1] - 1)
+
+    def step(self) -> Tensor:
+        """One replay."""
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.run()  # type: ignore[no-any-return]
+
+
+def _prefill_row(plain: Plain, ids: Tensor, positions: Tensor, row: int) -> None:
+    """Run a prompt [1, T] through views of one row of the caches."""
+    names = [f"{kind}_cache_{i}" for i in range(len(plain.w.layers)) for kind in ("k", "v")]
+    whole = {name: getattr(plain, name) for name in names}
+    for name, cache in whole.items():
+        setattr(plain, name, cache[row : row + 1])
+    plain(ids, positions)
+    for name, cache in whole.items():
+        setattr(plain, name, cache)
+
+
+def compiled(module: nn.Module, mode: str) -> Callable[[], Tensor]:
+    """One graph or an error; CUDA graphs where the mode brings them."""
+    return torch.compile(module, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[return-value]
+
+
+class Llmopt:
+    """llmopt: compiled for the machine, its paged cache, greedy."""
+
+    def __init__(self, case: Case) -> None:
+        import llmopt
+
+        weight = case.model.lm_head.weight
+        self.model: Any = llmopt.compile(
+            case.model, target=weight.device.type, dtype=str(weight.dtype).removeprefix("torch.")
+        )
+        self.note = f"llmopt, recipe {self.model.recipe.name}, target {self.model.target.name}, paged cache"
+        self.compile_report = dict(self.model.report.seconds)
+        self.ids, self.device = case.ids, self.model.cache.device
+        cache, end = self.model.cache, case.context + SPARE
+        self.rows = [cache.open() for _ in range(case.batch)]
+        for row in self.rows:
+            cache.reserve(row, end)
+        for row, ids in zip(self.rows, case.ids, strict=True):
+            self._read(row, ids[:-1])
+        at = [cache.slots(row, case.context, end) for row in self.rows]
+        self.slots = torch.tensor(at, device=self.device).T.contiguous()  # [steps, B]
+        self.batch = torch.arange(case.batch, device=self.device)
+        self.seq_ids = torch.tensor(self.rows, device=self.device)
+
+    def _read(self, row: int, ids: Tensor) -> None:
+        """One prompt, in one step."""
+        cache, n = self.model.cache, len(ids)
+        slots = torch.tensor(cache.slots(row, 0, n), device=self.device)
+        positions = torch.arange(n, device=self.device)
+        self.model.step(
+            ids[None].contiguous(), positions[None], slots, torch.full_like(slots, row), cache.block_tables(),
+            positions[-1:],
+        )  # fmt: skip
+
+    def rewind(self) -> None:
+        """Position and token; the pages beyond the prompt are written anew."""
+        self.token, self.made = self.ids[:, -1].clone(), 0
+        self.positions = torch.full_like(self.token, self.ids.shape[1] - 1)
+
+    def step(self) -> Tensor:
+        """Step and argmax."""
+        logits: Tensor = self.model.step(
+            self.token[None], self.positions[None], self.slots[self.made], self.seq_ids,
+            self.model.cache.block_tables(), self.batch,
+        )  # fmt: skip
+        self.token = logits.argmax(-1)
+        self.positions += 1
+        self.made += 1
+        return logits
+
+
+OURS = "llmopt"
+PEERS: dict[str, Callable[[Case], Peer]] = {
+    "hf-eager": Eager,
+    "hf-reduce-overhead": functools.partial(HfStatic, mode="reduce-overhead"),
+    "hf-max-autotune": functools.partial(HfStatic, mode="max-autotune"),
+    "plain-reduce-overhead": functools.partial(PlainInductor, mode="reduce-overhead"),
+    "plain-max-autotune": functools.partial(PlainInductor, mode="max-autotune"),
+    "plain-flex-max-autotune": functools.partial(PlainInductor, mode="max-autotune", attention="flex"),
+    "plain-grouped-max-autotune": functools.partial(PlainInductor, mode="max-autotune", attention="grouped"),
+    OURS: Llmopt,
+}
