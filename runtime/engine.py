@@ -2,8 +2,8 @@
 
 Tokens of all sequences lie side by side in one flat step. While nothing joins or leaves, every running
 sequence puts in one token and the step's tensors are only advanced in place. When pages run out the newest
-sequence gives its pages back and is read again later, so the oldest always gets on. One thread drives an
-engine.
+sequence gives its pages back and is read again later, so the oldest always gets on. Where there is a decoder,
+it runs the batches that only decode. One thread drives an engine.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llmopt.compiler.errors import CacheFullError, InputError
+from llmopt.runtime.decoder import Batch, Decoder, NewPage
 from llmopt.runtime.kv_cache import KVCache
 from llmopt.runtime.sampler import SampleRows, SamplingParams, sample
 
@@ -90,12 +91,13 @@ class Engine:
         eos_token_ids: tuple[int, ...] = (),
         chunk_size: int = 512,
         max_batch: int = 256,
+        decoder: Decoder | None = None,
     ) -> None:
         for name, value in (("chunk_size", chunk_size), ("max_batch", max_batch)):
             if value < 1:
                 raise InputError(f"engine: {name} is {value}; wanted at least 1")
         self.cache, self.vocab_size, self.context_length = cache, vocab_size, context_length
-        self._forward, self._eos = step, frozenset(eos_token_ids)
+        self._forward, self._eos, self._decoder = step, frozenset(eos_token_ids), decoder
         self._chunk_size, self._max_batch = chunk_size, max_batch
         self._live: dict[int, _Sequence] = {}
         self._waiting: deque[_Sequence] = deque()  # every one of them is newer than every running one
@@ -104,6 +106,7 @@ class Engine:
         self._events: deque[TokenEvent] = deque()  # of sequences that came by `submit`
         self._handles = 0
         self._steady = False  # the next batch is this one, one token later
+        self._handed = False  # this batch is with the decoder
         self._batch: list[_Sequence] = []  # the sequences that get a token, in the order of `rows`
         self._parts: list[tuple[_Sequence, int]] = []  # prompts read in part, with their new `cached`
 
@@ -236,13 +239,16 @@ class Engine:
     def _run(self) -> None:
         """One forward, if there is anything to run; after one that raised, the next repeats it."""
         self._make_room()
-        if self._steady:
-            self._advance()
-        else:
+        if not self._steady:
             self._plan()
+        elif not self._handed:
+            self._advance()
         if not self._running:
             return
-        self._steady = False
+        again, self._steady = self._steady, False
+        if self._handed:
+            self._commit(self._decode(again))
+            return
         logits = self._forward(
             self._ids, self._positions, self._slots, self._seq_ids, self.cache.block_tables(), self._rows
         )
@@ -252,6 +258,22 @@ class Engine:
             position = self._positions[0, self._rows] + 1 if self._sampling.sampled else None
             self._next = sample(logits, self._sampling, position)
             self._commit(self._next.tolist())
+
+    def _decode(self, again: bool) -> list[int]:
+        """The next tokens by the decoder, which has the batch already (`again`) or is given it now."""
+        assert self._decoder is not None
+        if again:
+            return self._decoder.step([NewPage(i, len(pages) - 1, pages[-1]) for i, pages in self._turned()])
+        length = max(len(s.tokens) for s in self._batch)
+        tables = self.cache.block_tables()
+        vectors = self._ids[0], self._positions[0], self._slots, self._seq_ids
+        self._decoder.start(Batch(*vectors, tables, self._sampling, length))
+        return self._decoder.step([])
+
+    def _turned(self) -> list[tuple[int, list[int]]]:
+        """Who begins a page with the next token: index in the batch, pages."""
+        size = self.cache.page_size
+        return [(i, self.cache.pages(s.row)) for i, s in enumerate(self._batch) if s.cached % size == 0]
 
     def _commit(self, tokens: list[int]) -> None:
         """Append the new tokens, tell the consumers, retire what is over."""
@@ -290,10 +312,8 @@ class Engine:
         self._ids[0].copy_(self._next)
         self._positions.add_(1)
         self._slots.add_(1)
-        size = self.cache.page_size
-        moved = [(i, s) for i, s in enumerate(self._batch) if s.cached % size == 0]
-        if moved:
-            starts = [(i, self.cache.pages(s.row)[-1] * size) for i, s in moved]
+        starts = [(i, pages[-1] * self.cache.page_size) for i, pages in self._turned()]
+        if starts:
             index, slot = torch.tensor(starts, device=self.cache.device).unbind(1)
             self._slots[index] = slot
 
@@ -350,3 +370,5 @@ class Engine:
             self._rows = torch.tensor(rows or [len(ids) - 1], device=device)
             batch = self._batch
             self._sampling = SampleRows.of([s.params for s in batch], [s.key for s in batch], device)
+        limit = 0 if self._decoder is None else self._decoder.limit
+        self._handed = len(self._batch) == len(self._running) == len(ids) <= limit

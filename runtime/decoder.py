@@ -1,0 +1,111 @@
+"""The decoding state: what a step of one token a sequence reads and the step before it wrote, kept on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from llmopt.runtime.sampler import SampleRows
+
+
+class NewPage(NamedTuple):
+    """A page that was added to a running sequence: its index in the batch, the table's column, the page."""
+
+    index: int
+    column: int
+    page: int
+
+
+class Batch(NamedTuple):
+    """A batch of one token a sequence, as the engine lays it out: int64 [n] tensors and the cache's block table.
+
+    `cache_rows` are the sequences' rows in `block_tables` [S, P]; `length` is the longest sequence's length, the token
+    of this step included.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    cache_rows: Tensor
+    block_tables: Tensor
+    sampling: SampleRows
+    length: int
+
+
+class Decoder(Protocol):
+    """Runs a batch that only decodes, keeping its state itself. `limit`: the most sequences it takes."""
+
+    limit: int
+
+    def start(self, batch: Batch) -> None:
+        """Take over a batch; whatever was decoded before is forgotten."""
+        ...
+
+    def step(self, pages: Sequence[NewPage]) -> list[int]:
+        """One token of every sequence, in the batch's order; `pages` were added since the last step."""
+        ...
+
+
+class DecodeState:
+    """Device tensors for up to `rows` sequences of up to `width` pages, at addresses that never change.
+
+    int64 [rows]: tokens, positions, slots (of the token to be read next), moves (1, or 0 for padding), seeds,
+    sequences, numbers (0, 1, ...); int64 tables [rows, width]; fp32 temperature [rows]. Padding rows read and write
+    the scratch page at position 0, so they harm nobody.
+    """
+
+    _VECTORS = ("tokens", "positions", "slots", "moves", "seeds", "sequences")
+
+    def __init__(self, rows: int, width: int, page_size: int, device: torch.device | str = "cpu") -> None:
+        self.rows, self.width, self.page_size, self.device = rows, width, page_size, torch.device(device)
+        # one allocation, so that a patch of slots and tables is one write
+        self.words = torch.zeros(rows * (len(self._VECTORS) + width), dtype=torch.int64, device=self.device)
+        vectors = self.words[: rows * len(self._VECTORS)].view(len(self._VECTORS), rows)
+        self.tokens, self.positions, self.slots, self.moves, self.seeds, self.sequences = vectors
+        self.tables = self.words[rows * len(self._VECTORS) :].view(rows, width)
+        self.temperature = torch.zeros(rows, dtype=torch.float32, device=self.device)
+        self.numbers = torch.arange(rows, device=self.device)
+        pinned = self.device.type == "cuda"
+        self._host = torch.zeros(rows, dtype=torch.int64, pin_memory=pinned)
+        self._patch = torch.zeros(2, 2 * rows, dtype=torch.int64, pin_memory=pinned)
+        self._read = torch.cuda.Event() if pinned else None
+
+    def load(self, batch: Batch) -> None:
+        """Take over a batch of at most `rows` sequences; every other row becomes padding."""
+        count, width = len(batch.ids), min(self.width, batch.block_tables.shape[1])
+        self.words[: self.rows * len(self._VECTORS)].zero_()
+        self.tables[:, 0].zero_()
+        self.temperature.zero_()
+        for name, value in (
+            ("tokens", batch.ids),
+            ("positions", batch.positions),
+            ("slots", batch.slots),
+            ("seeds", batch.sampling.seed),
+            ("sequences", batch.sampling.sequence),
+            ("temperature", batch.sampling.temperature),
+        ):
+            getattr(self, name)[:count].copy_(value)
+        self.moves[:count].fill_(1)
+        self.tables[:count, :width].copy_(batch.block_tables[batch.cache_rows, :width])
+
+    def add(self, pages: Sequence[NewPage]) -> None:
+        """Enter new pages, and the slots of the tokens that come first in them."""
+        slots, tables = 2 * self.rows, len(self._VECTORS) * self.rows
+        pairs = [(slots + p.index, p.page * self.page_size) for p in pages]
+        pairs += [(tables + p.index * self.width + p.column, p.page) for p in pages]
+        count = len(pairs)
+        self._patch[:, :count] = torch.tensor(pairs).T
+        index, value = self._patch[:, :count].to(self.device, non_blocking=True)
+        self.words.index_copy_(0, index, value)
+
+    def read(self, count: int) -> list[int]:
+        """The tokens made last, on the host, as soon as they are there."""
+        if self._read is None:
+            return self.tokens[:count].tolist()
+        self._host[:count].copy_(self.tokens[:count], non_blocking=True)
+        self._read.record()
+        self._read.synchronize()
+        return self._host[:count].tolist()
