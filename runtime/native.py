@@ -69,7 +69,7 @@ def _machine() -> dict[str, Any]:
 
 def check_machine(path: Path, target: Target, code: Mapping[str, Any]) -> None:
     """Raise TargetError or ArtifactError if what `write` returned does not run here."""
-    reason = target.fits(Target.detect())
+    reason = _mismatch(target)
     here, needs = _machine(), code.get("needs", {})
     lacking = sorted(set(needs.get("instructions", ())) - set(here["instructions"]))
     if reason is None and needs.get("machine", here["machine"]) != here["machine"]:
@@ -84,6 +84,13 @@ def check_machine(path: Path, target: Target, code: Mapping[str, Any]) -> None:
                 f"artifact {str(path)!r} holds code for {name} {needs[name]} and this is {name} {here[name]}; "
                 f"use {name} {needs[name]}, or compile the model again"
             )
+
+
+def _mismatch(target: Target) -> str | None:
+    try:
+        return target.fits(Target.detect(target.kind))
+    except TargetError as error:
+        return f"it was compiled for {target.name}; {error}"
 
 
 def _region(path: Path, entry: Mapping[str, Any]) -> CompiledRegion:

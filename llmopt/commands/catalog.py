@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from llmopt.compiler.errors import TargetError
 from llmopt.compiler.recipe import RECIPES, Recipe
 from llmopt.compiler.target import TARGETS, Target
 from llmopt.console import stages, write_json, write_table
@@ -32,17 +33,27 @@ def list_recipes(name: str | None, as_json: bool) -> None:
 
 
 def list_targets(as_json: bool) -> None:
-    """All targets, and whether this machine runs them."""
+    """All targets, and whether this machine runs them, or why not."""
     with stages("looking at this machine"):
         here = Target.detect()
-    rows = []
-    for name, meaning in TARGETS.items():
-        target = Target.parse(name)
-        rows.append({"target": name, "meaning": meaning, "runs_here": target.fits(here) is None})
+        rows = [
+            {"target": name, "meaning": meaning, "runs_here": (why := _against(name)) is None, "reason": why}
+            for name, meaning in TARGETS.items()
+        ]
     if as_json:
         write_json({"this_machine": here.to_dict(), "targets": rows})
         return
-    table = Table("target", "meaning", "runs here", title=f"this machine: {here.name}, {here.cores} cores")
+    cores = "cores" if here.kind == "cpu" else "multiprocessors"
+    table = Table("target", "meaning", "runs here", title=f"this machine: {here.name}, {here.cores} {cores}")
     for row in rows:
         table.add_row(str(row["target"]), str(row["meaning"]), "yes" if row["runs_here"] else "no")
     write_table(table)
+
+
+def _against(name: str) -> str | None:
+    """Why code for a target does not run on this machine, None if it does."""
+    try:
+        target = Target.parse(name)
+        return target.fits(Target.detect(target.kind))
+    except TargetError as error:
+        return str(error)
