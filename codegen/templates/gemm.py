@@ -19,7 +19,7 @@ from llmopt.compiler.target import Target
 
 
 @triton.jit
-def _load(w, first, at, k, K: tl.constexpr, MASKED: tl.constexpr):  # noqa: ANN001, ANN202
+def _load(w, first, at, k, K: tl.constexpr, MASKED: tl.constexpr):
     # the block's first row in 64 bits, offsets inside the block in 32: a vocabulary of 256k times 16k exceeds 2^31
     spot = w + first.to(tl.int64) * K + at
     if MASKED:
@@ -29,7 +29,7 @@ def _load(w, first, at, k, K: tl.constexpr, MASKED: tl.constexpr):  # noqa: ANN0
 
 
 @triton.jit
-def _product(a, x, acc, SLICES: tl.constexpr):  # noqa: ANN001, ANN202
+def _product(a, x, acc, SLICES: tl.constexpr):
     if SLICES == 1:
         return tl.dot(a, tl.trans(x), acc, input_precision="ieee")
     else:
@@ -37,7 +37,7 @@ def _product(a, x, acc, SLICES: tl.constexpr):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _squares(x, V: tl.constexpr):  # noqa: ANN001, ANN202
+def _squares(x, V: tl.constexpr):
     # V neighbouring columns lie in one thread, so that no thread needs another
     if len(x.shape) == 2:
         return tl.sum(tl.reshape(x * x, [x.shape[0], x.shape[1] // V, V]), axis=2)
@@ -46,8 +46,8 @@ def _squares(x, V: tl.constexpr):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _finish(  # noqa: ANN202
-    acc0, acc1, squares, first, y, e0, e1, e2, e3, e4, e5, N,  # noqa: ANN001
+def _finish(
+    acc0, acc1, squares, first, y, e0, e1, e2, e3, e4, e5, N,
     K: tl.constexpr, J: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
     EPILOGUE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -66,8 +66,8 @@ def _finish(  # noqa: ANN202
 
 
 @triton.jit(do_not_specialize=["N"])
-def gemm(  # noqa: ANN201
-    w, y, e0, e1, e2, e3, e4, e5, N, tickets, partial,  # noqa: ANN001
+def gemm(  # noqa: C901
+    w, y, e0, e1, e2, e3, e4, e5, N, tickets, partial,
     K: tl.constexpr, J: tl.constexpr, OFFSET0: tl.constexpr, OFFSET1: tl.constexpr, PARTS: tl.constexpr,
     NORM: tl.constexpr, EPS: tl.constexpr, LOAD_X: tl.constexpr, LOAD_G: tl.constexpr, EPILOGUE: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, SLICES: tl.constexpr, SPLIT_K: tl.constexpr,

@@ -21,7 +21,7 @@ from llmopt.compiler.target import Target
 
 
 @triton.jit
-def _weights(w, first, row, k, K: tl.constexpr, BLOCK_K: tl.constexpr, EVICT: tl.constexpr):  # noqa: ANN001, ANN202
+def _weights(w, first, row, k, K: tl.constexpr, BLOCK_K: tl.constexpr, EVICT: tl.constexpr):
     # the block's first row in 64 bits, offsets inside the block in 32: a vocabulary of 256k times 16k exceeds 2^31
     at = w + first.to(tl.int64) * K + (row[:, None] * K + k[None, :])
     if K % BLOCK_K == 0:
@@ -30,7 +30,7 @@ def _weights(w, first, row, k, K: tl.constexpr, BLOCK_K: tl.constexpr, EVICT: tl
 
 
 @triton.jit
-def _inside(k, K: tl.constexpr, BLOCK_K: tl.constexpr):  # noqa: ANN001, ANN202
+def _inside(k, K: tl.constexpr, BLOCK_K: tl.constexpr):
     # a constant mask is folded away, a comparison is not
     if K % BLOCK_K == 0:
         return tl.full([BLOCK_K], True, tl.int1)
@@ -38,20 +38,20 @@ def _inside(k, K: tl.constexpr, BLOCK_K: tl.constexpr):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _add(total, a, b, V: tl.constexpr):  # noqa: ANN001, ANN202
+def _add(total, a, b, V: tl.constexpr):
     # total [J, K // V] += a [J, K] * b [1, K]: V neighbouring columns lie in one thread, so no thread needs another
     return total + tl.sum(tl.reshape(a * b, [a.shape[0], a.shape[1] // V, V]), axis=2)
 
 
 @triton.jit
-def _add_squares(total, x, V: tl.constexpr):  # noqa: ANN001, ANN202
+def _add_squares(total, x, V: tl.constexpr):
     # one-dimensional, as x is loaded: a row of one would be laid out anew at every step
     return total + tl.sum(tl.reshape(x * x, [x.shape[0] // V, V]), axis=1)
 
 
 @triton.jit(do_not_specialize=["N"])
-def gemv(  # noqa: ANN201
-    w, y, e0, e1, e2, e3, e4, e5, N,  # noqa: ANN001
+def gemv(  # noqa: C901
+    w, y, e0, e1, e2, e3, e4, e5, N,
     K: tl.constexpr, J: tl.constexpr, OFFSET0: tl.constexpr, OFFSET1: tl.constexpr, PARTS: tl.constexpr,
     NORM: tl.constexpr, EPS: tl.constexpr, LOAD_X: tl.constexpr, LOAD_G: tl.constexpr, EPILOGUE: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr, EVICT: tl.constexpr,
@@ -116,9 +116,8 @@ def gemv(  # noqa: ANN201
         acc0 = _add(acc0, w0.to(tl.float32), x[None, :], V)
         if PARTS == 2:
             acc1 = _add(acc1, w1.to(tl.float32), x[None, :], V)
-    if PDL:
-        if not EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
+    if PDL and not EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     sum0 = tl.sum(acc0, axis=1)
     sum1 = sum0
     if PARTS == 2:
@@ -148,10 +147,10 @@ def supports(shape: Mapping[str, int], dtype: str, target: Target) -> str | None
 def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[str, Any]]:
     """Constants worth trying, the default first: rows and columns a step so that a thread loads 16 bytes a row."""
     wide = 4 if dtype == "float32" else 8
-    K, J = shape["K"], shape["J"] * shape["PARTS"]
+    K, rows_in_all = shape["K"], shape["J"] * shape["PARTS"]
     whole = triton.next_power_of_2(K)
     default = _config(8 // shape["PARTS"], min(128 * wide, whole), wide)
-    if J <= 16 * target.cores:
+    if rows_in_all <= 16 * target.cores:
         # few rows: small blocks, so that every multiprocessor has some, and the whole row in one or two steps
         default = _config(4 // shape["PARTS"], min(256 * wide, whole), wide, PREFETCH=1)
     others = [
