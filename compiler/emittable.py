@@ -1,17 +1,140 @@
 """Which nodes codegen can print into a kernel, as tables that passes may read.
 
-Names are `target_name`'s, without `aten.`. A test holds the printer (codegen/emit.py) to exactly these.
+Names are `op_name`'s. A test holds the printer (codegen/emit.py) to exactly these.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import torch
 from torch import fx
 
-VIEWS: frozenset[str] = frozenset()
-POINTWISE: frozenset[str] = frozenset()
-REDUCTIONS: frozenset[str] = frozenset()
+from llmopt.compiler._torch import OpOverload
+from llmopt.compiler.graph import target_name
+from llmopt.compiler.op import OPS, op_of
+
+VIEWS = frozenset({
+    "view", "reshape", "_unsafe_view", "view_as", "flatten", "unflatten", "squeeze", "unsqueeze", "permute",
+    "transpose", "t", "expand", "expand_as", "slice", "narrow", "select", "getitem", "cat", "stack", "repeat",
+    "repeat_interleave", "embedding",
+})  # fmt: skip
+SPLITS = frozenset({"split", "split_with_sizes", "chunk", "unbind"})  # printed as the getitem behind them
+POINTWISE = frozenset({
+    "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "reciprocal", "erf", "sigmoid", "floor", "ceil", "sin", "cos",
+    "tanh", "silu", "add", "sub", "rsub", "mul", "div", "pow", "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge",
+    "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor", "logical_not",
+    "bitwise_not", "where", "masked_fill", "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "relu", "gelu",
+    "gated", "softcap", "rope", "to", "_to_copy", "type_as", "clone", "contiguous", "alias", "detach",
+    "lift_fresh_copy", "matmul", "mm", "bmm", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones",
+    "full", "full_like", "new_full", "scalar_tensor", "arange",
+})  # fmt: skip
+REDUCTIONS = frozenset({
+    "rms_norm", "layer_norm", "softmax", "_softmax", "log_softmax", "_log_softmax", "mean", "sum", "amax", "amin",
+    "var", "std", "linalg_vector_norm",
+})  # fmt: skip
+LONGEST_ROW = 16384  # elements of a reduced axis: one program holds them all
+
+_DTYPES = {
+    torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+    torch.bool,
+}  # fmt: skip
+
+
+def op_name(node: fx.Node) -> str:
+    """`target_name` without `aten.`, unless that is the name of an op of llmopt's."""
+    name = target_name(node)
+    short = name.removeprefix("aten.")
+    return name if short != name and short in OPS else short
+
+
+def argument(node: fx.Node, name: str, default: Any) -> Any:
+    """The call's argument of this name, else the schema's default, else `default`."""
+    schema = node.target._schema if isinstance(node.target, OpOverload) else None
+    for at, given in enumerate(schema.arguments if schema is not None else ()):
+        if given.name == name:
+            if at < len(node.args):
+                return node.args[at]
+            found = node.kwargs.get(name, given.default_value)
+            return default if found is None else found
+    return node.kwargs.get(name, default)
+
+
+def reduced(node: fx.Node) -> int | None:
+    """The length of the last axis if this node reduces it; None for another op."""
+    if op_name(node) not in REDUCTIONS:
+        return None
+    size = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+    return size if isinstance(size, int) else None
 
 
 def why_not(node: fx.Node) -> str | None:
     """None if the node can be printed inside a kernel, else the reason in a few words."""
-    raise NotImplementedError("not written yet")
+    name = op_name(node)
+    if node.op != "call_function":
+        return f"is a {node.op}"
+    if name not in VIEWS | SPLITS | POINTWISE | REDUCTIONS:
+        return f"{name} is not among the ops that can be printed"
+    return _types(node) or (_reduction(node) if name in REDUCTIONS else _arguments(node, name))
+
+
+def _types(node: fx.Node) -> str | None:
+    for value in _tensors([node, *node.all_input_nodes]):
+        if value.dtype not in _DTYPES:
+            return f"{value.dtype} is not computed in kernels"
+    return None
+
+
+def _tensors(nodes: Iterable[fx.Node]) -> Iterable[torch.Tensor]:
+    for node in nodes:
+        value = node.meta.get("val")
+        yield from (v for v in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(v, torch.Tensor))
+
+
+def _reduction(node: fx.Node) -> str | None:
+    rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    if op_name(node) == "layer_norm":
+        axes = list(range(rank - len(argument(node, "normalized_shape", ())), rank))
+    else:
+        dim = argument(node, "dim", list(range(rank)) if op_of(node.target) is None else -1)
+        axes = [d % rank for d in ([dim] if isinstance(dim, int) else dim or range(rank))] if rank else []
+    if axes != [rank - 1]:
+        return f"reduces axes {axes} of {rank}; only the last one can be"
+    size = reduced(node)
+    if size is None or size > LONGEST_ROW:
+        return f"reduces {size or 'any number of'} elements; {LONGEST_ROW} at most fit one program"
+    if op_name(node) == "linalg_vector_norm" and argument(node, "ord", 2) != 2:
+        return "is a norm of another order than 2"
+    return None
+
+
+def _arguments(node: fx.Node, name: str) -> str | None:
+    if name == "pow" and not _plain_power(node.args[1]):
+        return f"has the exponent {node.args[1]}; wanted 0.5, -0.5 or a whole number from -8 to 8"
+    if name == "div" and argument(node, "rounding_mode", None) is not None:
+        return "rounds a quotient"
+    if name == "repeat_interleave" and not isinstance(argument(node, "repeats", None), int):
+        return "repeats by a tensor"
+    if name in ("matmul", "mm", "bmm"):
+        return None if _is_outer(node) else "is a product over more than one element"
+    if name == "getitem" and op_name(node.args[0]) not in SPLITS:  # type: ignore[arg-type]
+        return f"takes a result of {op_name(node.args[0])}"  # type: ignore[arg-type]
+    if name in POINTWISE and any(not _tensors_of(n) for n in node.all_input_nodes):
+        return "computes with a symbolic size"
+    return None
+
+
+def _plain_power(exponent: Any) -> bool:
+    if not isinstance(exponent, (int, float)):
+        return False
+    return exponent in (0.5, -0.5) or (exponent == int(exponent) and 1 <= abs(exponent) <= 8)
+
+
+def _is_outer(node: fx.Node) -> bool:
+    left, right = (n.meta["val"] for n in node.args[:2])  # type: ignore[union-attr]
+    return left.dim() >= 2 and right.dim() >= 2 and isinstance(left.shape[-1], int) and left.shape[-1] == 1
+
+
+def _tensors_of(node: fx.Node) -> bool:
+    return any(True for _ in _tensors([node]))
