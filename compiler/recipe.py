@@ -77,7 +77,7 @@ class Recipe:
 
     name: str
     passes: tuple[PassSpec, ...]
-    providers: tuple[str, ...] = ("cpp", "inductor", "reference")
+    providers: tuple[str, ...] = ("triton", "cpp", "inductor", "reference")
     dims: Dims = field(default_factory=Dims)
     page_size: int = 16
     dtype: str | None = None

@@ -48,7 +48,8 @@ def llmopt(
     """
     from llmopt.runtime.dynamo import GraphReport
 
-    compiler, strict = _read(mode, options or {})
+    on_gpu = any(isinstance(i, Tensor) and i.device.type == "cuda" for i in example_inputs)
+    compiler, strict = _read(mode, options or {}, "cuda" if on_gpu else "cpu")
     report = GraphReport([_describe(i) for i in example_inputs], compiler.recipe.name)
     reports.append(report)
     if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in example_inputs):
@@ -77,7 +78,8 @@ def _reset() -> None:
 llmopt.reset = _reset  # type: ignore[attr-defined]  # called by torch.compiler.reset()
 
 
-def _read(mode: str | None, options: dict[str, Any]) -> tuple[FragmentCompiler, bool]:
+def _read(mode: str | None, options: dict[str, Any], kind: str) -> tuple[FragmentCompiler, bool]:
+    """`kind` of target, if no other is asked for: where the tensors are is where the graph will run."""
     from llmopt.runtime.dynamo import make_compiler
 
     if mode is not None:
@@ -99,7 +101,7 @@ def _read(mode: str | None, options: dict[str, Any]) -> tuple[FragmentCompiler, 
             raise InputError(f"options['inductor'] of backend 'llmopt': {key!r} is unknown; {_close(key, known)}")
     recipe, target = options.get("recipe", "default"), options.get("target")
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-    target = Target.parse(target) if isinstance(target, str) else target or Target.detect()
+    target = Target.parse(target) if isinstance(target, str) else target or Target.detect(kind)
     return make_compiler(recipe, target, inductor), options.get("strict", False)
 
 

@@ -98,7 +98,7 @@ class FragmentCompiler:
     @property
     def uses_inductor(self) -> bool:
         """Does Inductor compile the graphs (or do they run call by call)?"""
-        return "inductor" in self.providers and "cpp" in self.target.facts
+        return "inductor" in self.providers and bool({"cpp", "triton"} & self.target.facts)
 
     def finish(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A graph as a function of its arguments."""
@@ -128,11 +128,16 @@ class FragmentCompiler:
     def _choose(self, fragment: Fragment, context: Context, report: GraphReport) -> None:
         reasons: Counter[str] = Counter()
         for node in fragment.graph.calls():
-            if op_of(node.target) is not None:
+            op = op_of(node.target)
+            if op is None:
+                continue
+            if self.target.kind == "cuda" and self.uses_inductor and op.traceable:
+                node.meta["provider"] = "inductor"  # llmopt's own GPU kernels are made for whole steps
+            else:
                 allowed = tuple(p for p in self.providers if p != "cpp" or not _has_many_rows(node))
                 node.meta["provider"] = choose(node, allowed or self.providers, context, reasons)
-                key = f"{target_name(node)}={node.meta['provider']}"
-                report.providers[key] = report.providers.get(key, 0) + 1
+            key = f"{target_name(node)}={node.meta['provider']}"
+            report.providers[key] = report.providers.get(key, 0) + 1
 
     def _implementation(self, node: fx.Node) -> Callable[..., Any]:
         op = op_of(node.target)

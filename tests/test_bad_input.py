@@ -161,7 +161,7 @@ def test_recipe_file_that_is_no_yaml(tmp_path: Path):
     ("options", "said"),
     [
         (("-r", "refrence"), "recipe 'refrence' is unknown; did you mean 'reference'?"),
-        (("-t", "cuda:sm_90"), "target 'cuda:sm_90' is a GPU"),
+        (("-t", "cuda:90"), "target 'cuda:90' is unknown; did you mean 'cuda:sm_90'?"),
         (("-t", "cpu:avx9"), "target 'cpu:avx9' is unknown"),
         (("--dtype", "int4"), "dtype 'int4' is not supported"),
     ],

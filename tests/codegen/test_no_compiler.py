@@ -14,11 +14,11 @@ import llmopt
 PICO = Path(__file__).resolve().parents[2] / "examples" / "models" / "pico-llama-4m"
 PROGRAM = """
 import llmopt
-model = llmopt.compile({pico!r}, dtype="float32")
+model = llmopt.compile({pico!r}, target="cpu", dtype="float32")
 assert "cpp" not in model.target.features
 assert all(name.endswith("=reference") for name in model.program.choices["providers"]), model.program.choices
 print(model.generate("def main():", max_new_tokens=12))
-llmopt.compile({pico!r}, dtype="float32")
+llmopt.compile({pico!r}, target="cpu", dtype="float32")
 """
 
 
@@ -37,5 +37,5 @@ def test_one_line_then_the_reference_provider(variables: dict[str, str], reason:
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("llmopt:")]
     assert line.startswith(f"llmopt: {reason}")
     assert line.endswith("; the reference provider runs instead, slowly")
-    expected = llmopt.compile(PICO, recipe="reference", dtype="float32").generate("def main():", max_new_tokens=12)
+    expected = llmopt.compile(PICO, recipe="reference", target="cpu", dtype="float32").generate("def main():", max_new_tokens=12)
     assert done.stdout.rstrip("\n") == expected.rstrip("\n")

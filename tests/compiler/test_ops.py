@@ -98,7 +98,7 @@ def _real(name: str, free: dict[int, tuple[str | None, ...]], args: tuple[Any, .
 @pytest.mark.parametrize(("op", "name", "args"), PROVIDERS)
 def test_provider_against_the_reference(op: Op, name: str, args: tuple[Any, ...]):
     provider = op.providers[name]
-    target = codegen.usable(Target.detect(), ("cpp",))
+    target = codegen.usable(Target.detect("cpu"), ("cpp",))
     if provider.needs - target.facts:
         pytest.skip(f"{target.name} lacks {', '.join(sorted(provider.needs - target.facts))}")
     why = provider.supports(*args)

@@ -260,7 +260,7 @@ def test_the_json_form_is_the_documented_one():
         "passes": [
             {"name": name, "options": {}} for name in ("raise-aten", "canonicalize", "insert-kv-cache", "lower")
         ],
-        "providers": ["cpp", "inductor", "reference"],
+        "providers": ["triton", "cpp", "inductor", "reference"],
         "dims": {"tokens": [1, 8192], "sequences": [1, 256]},
         "page_size": 16,
         "dtype": None,

@@ -16,7 +16,7 @@ def target(isa: str, *features: str, cores: int = 4) -> Target:
     return Target("cpu", isa, cores, frozenset(features))
 
 
-@pytest.mark.parametrize("text", sorted(TARGETS))
+@pytest.mark.parametrize("text", sorted(set(TARGETS) - {"cuda"}))
 def test_every_listed_target_parses(text: str):
     parsed = Target.parse(text)
     assert text in (parsed.name, parsed.kind)
@@ -24,10 +24,10 @@ def test_every_listed_target_parses(text: str):
 
 
 def test_cpu_is_this_machine():
-    assert Target.parse("cpu") == Target.detect()
+    assert Target.parse("cpu") == Target.detect("cpu")
     verdict = torch.backends.cpu.get_cpu_capability().lower()
-    if verdict in ISAS:
-        assert verdict in Target.detect().facts
+    if verdict in ISAS["cpu"]:
+        assert verdict in Target.detect("cpu").facts
 
 
 def test_facts_name_what_the_instruction_set_includes():
@@ -35,7 +35,7 @@ def test_facts_name_what_the_instruction_set_includes():
     assert target("generic").facts == {"cpu", "generic"}
 
 
-@pytest.mark.parametrize("made", [target("avx512", "cpp"), target("neon"), Target.detect()])
+@pytest.mark.parametrize("made", [target("avx512", "cpp"), target("neon"), Target.parse("cuda:sm_90")])
 def test_json_both_ways(made: Target):
     assert Target.from_json(made.to_json()) == made
     assert Target.from_dict(json.loads(json.dumps(made.to_dict()))) == made
@@ -59,13 +59,6 @@ def test_fits(built: str, machine: str, runs: bool):
     assert runs or (built in reason and machine in reason)
 
 
-@pytest.mark.parametrize("text", ["cuda", "cuda:sm_90", "gpu"])
-def test_gpus_are_refused_in_plain_words(text: str):
-    with pytest.raises(TargetError, match=r"runs on CPU only: use one of cpu, cpu:avx512") as caught:
-        Target.parse(text)
-    assert text in str(caught.value)
-
-
 @pytest.mark.parametrize(("text", "meant"), [("cpu:avx215", "cpu:avx2"), ("cpi", "cpu"), ("cpu:avx_512", "cpu:avx512")])
 def test_misspelt_target(text: str, meant: str):
     with pytest.raises(TargetError, match=f"did you mean '{meant}'"):
@@ -75,12 +68,16 @@ def test_misspelt_target(text: str, meant: str):
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        ({"version": 2}, "version 2, this llmopt reads 1"),
-        ({"kind": "cuda"}, "CPU only"),
+        ({"version": 1}, "version 1, this llmopt reads 2"),
+        ({"kind": "cudaa"}, "did you mean 'cuda'"),
+        ({"kind": "cuda"}, "isa 'avx2' is unknown; Known: sm_100"),
+        ({"isa": "sm_90"}, "isa 'sm_90' is unknown; Known: avx2"),
         ({"isa": "avx51"}, "did you mean 'avx512'"),
         ({"isa": ["avx2"]}, "target: isa"),
         ({"cores": 0}, "cores is 0"),
         ({"cores": True}, "cores is True"),
+        ({"bandwidth": 4.8e12}, "bandwidth is 4800000000000.0, wanted a whole number >= 0"),
+        ({"l2_bytes": -1}, "l2_bytes is -1"),
         ({"features": "cpp"}, "features is 'cpp', wanted a list"),
         ({"core": 1}, "did you mean 'cores'"),
     ],
@@ -113,10 +110,10 @@ def test_compiler_is_found_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cxx() is None
-    assert "cpp" not in Target.detect().facts
+    assert "cpp" not in Target.detect("cpu").facts
     executable(tmp_path / "clang++")
     assert cxx() == ("clang++",)
-    assert "cpp" in Target.detect().facts
+    assert "cpp" in Target.detect("cpu").facts
 
 
 def test_cxx_wins_and_may_hold_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -286,7 +286,7 @@ def test_changed_weights_count_at_the_next_call():
         ({"recipe": "refrence"}, r"recipe 'refrence' is unknown; did you mean 'reference'\?"),
         ({"recipe": 3}, "'recipe' of backend 'llmopt' is 3, wanted a str or Recipe"),
         ({"strict": "yes"}, "'strict' of backend 'llmopt' is 'yes', wanted a bool"),
-        ({"target": "gpu"}, "use one of cpu"),
+        ({"target": "gpu"}, "did you mean 'cuda'"),
         ({"inductor": {"max_autotun": True}}, r"'max_autotun' is unknown; did you mean 'max_autotune'\?"),
         ({"recipe": "reference", "inductor": {"max_autotune": True}}, "runs without Inductor"),
     ],
