@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-H200 = SimpleNamespace(features=frozenset({"cuda", "triton", "bf16", "pdl"}), cores=132, shared_bytes=232448)
+from llmopt.compiler.target import Target
+
+H200 = Target.parse("cuda:sm_90")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ import triton.language as tl
 
 from llmopt.compiler.target import Target
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def _load(w, first, at, k, K: tl.constexpr, MASKED: tl.constexpr):
@@ -30,6 +32,9 @@ def _load(w, first, at, k, K: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def _product(a, x, acc, SLICES: tl.constexpr):
+    if INTERPRETED:  # which would multiply the integers that it keeps bf16 in
+        a = a.to(tl.float32)
+        x = x.to(tl.float32)
     if SLICES == 1:
         return tl.dot(a, tl.trans(x), acc, input_precision="ieee")
     else:
