@@ -192,19 +192,17 @@ def _rope(p: Printer, node: fx.Node, coords: Coords) -> Value:
     x, cos, sin = node.args
     assert isinstance(cos, fx.Node)
     *lead, channel = coords
-    turned, half = sizes_of(cos.meta["val"])[-1][0], sizes_of(cos.meta["val"])[-1][0] // 2
+    turned = sizes_of(cos.meta["val"])[-1][0]
+    half = turned // 2
     channels = sizes_of(node.meta["val"])[-1][0]
     inside = None if channels == turned else p.condition(channel, f"< {turned}")
     plain = p.operand(x, node, coords)
+    first = p.condition(channel, f"< {half}")
+    partner = p.assign(f"tl.where({first.text}, {channel + half}, {channel + -half})", "int", depends=channel.depends)
+    other = p.operand(x, node, (*lead, opaque(partner.text, channels, channel.depends)))
+    other = p.choose(first, p.assign(f"-{other.text}", "float", other), other)
     with p.guarded(inside):
-        first = p.condition(channel, f"< {half}")
-        partner = p.assign(
-            f"tl.where({first.text}, {channel + half}, {channel + -half})", "int", depends=channel.depends
-        )
-        other = p.operand(x, node, (*lead, opaque(partner.text, channels, channel.depends)))
-        other = p.choose(first, p.assign(f"-{other.text}", "float", other), other)
-        at = (coords[0], coords[2], channel)
-        c, s = (p.operand(n, node, at) for n in (cos, sin))
+        c, s = (p.operand(n, node, (coords[0], coords[2], channel)) for n in (cos, sin))
     result = p.assign(f"{plain.text} * {c.text} + {other.text} * {s.text}", "float", plain, other, c, s)
     return result if inside is None else p.choose(inside, result, plain)
 

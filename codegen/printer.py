@@ -152,7 +152,7 @@ class Printer:
         # where only the template's own `ok` is known, the address gets that mask's shape
         missing = [v for v in self._blocks() if v not in depends] if "ok" in mask.split(" & ") else []
         text = " + ".join([text, *(f"{name} * 0" for name in missing)])
-        at = pointer if text == "0" else f"{pointer} + ({text})"
+        at = pointer if text == "0" else f"{pointer} + {closed(text)}"
         kind = kind_of(node)
         loaded = f"tl.load({at}, mask={mask}, other=0)" if mask else f"tl.load({at})"
         if kind == "float" and node.meta["val"].dtype != torch.float32:
@@ -167,7 +167,7 @@ class Printer:
             parts = ["ok"]
         # a guard on a variable that the address does not vary with says nothing about the address
         parts += [guard.text for guard in self._guards if guard.depends & depends]
-        return " & ".join(p if p.isidentifier() else f"({p})" for p in dict.fromkeys(parts))
+        return " & ".join(map(closed, dict.fromkeys(parts)))
 
     def _blocks(self) -> list[str]:
         """The variables that are no scalars, or may be none."""
@@ -184,9 +184,19 @@ class Printer:
         finally:
             self._guards = before
 
+    @contextmanager
+    def anywhere(self, name: str) -> Iterator[None]:
+        """Inside: a variable runs over all its values, whatever the guards say of its own value."""
+        before = self._guards
+        self._guards = tuple(guard for guard in before if name not in guard.depends)
+        try:
+            yield
+        finally:
+            self._guards = before
+
     def condition(self, index: Index, comparison: str) -> Value:
         """`index < 3` and the like as a value."""
-        return self.assign(f"({index}) {comparison}", "bool", depends=index.depends)
+        return self.assign(f"{index} {comparison}", "bool", depends=index.depends)
 
     def choose(self, condition: Value, yes: Value, no: Value) -> Value:
         """`yes` where the condition holds, else `no`."""
@@ -214,6 +224,11 @@ class Printer:
             return value
         dtype = {"float": "float32", "int": "int64", "bool": "int1"}[value.kind]
         return self.assign(f"tl.full([], {value.text}, tl.{dtype})", value.kind)
+
+
+def closed(text: str) -> str:
+    """The text in parentheses, unless it is one name."""
+    return text if text.isidentifier() else f"({text})"
 
 
 def kind_of(node: fx.Node) -> Kind:

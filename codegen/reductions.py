@@ -37,7 +37,8 @@ class _Row:
 
     def along(self) -> Value:
         """The operand along the lane."""
-        return self.at(variable(self.lane.name, self.size))
+        with self.p.anywhere(self.lane.name):
+            return self.at(variable(self.lane.name, self.size))
 
     def reduce(self, value: Value, function: str, neutral: str) -> Value:
         """tl.sum and the like over the lane; masked lanes count as `neutral`."""

@@ -14,7 +14,7 @@ from torch import fx
 from llmopt.codegen.emit import PRINTERS, Hook, hook_of, per_token, source_of, token_coords
 from llmopt.codegen.index import Index, offset, opaque, sizes_of, split, variable
 from llmopt.codegen.kernel import Call, Kernel, Size
-from llmopt.codegen.printer import TYPES, Lane, Operands, Printer, Variable
+from llmopt.codegen.printer import TYPES, Lane, Operands, Printer, Variable, closed
 from llmopt.compiler.emittable import LONGEST_ROW, op_name, reduced, why_not
 from llmopt.compiler.errors import EmitError
 from llmopt.compiler.graph import where
@@ -187,9 +187,9 @@ def _store(printer: Printer, kernel: _Kernel, output: fx.Node, pointer: str, tok
         text = _slot(printer, output, coords)
     else:
         text, _ = offset(coords, sizes_of(node.meta["val"]))
-    mask = "ok & (c == 0)" if single else "ok"
-    # a store takes the shape of its address, which may vary with less than the value
-    printer.lines.append(f"tl.store({pointer} + ({text} + r * 0 + c * 0), {value.text}, mask={mask})")
+    # a store takes the shape of its address; one element a row is stored by one lane
+    mask, text = ("ok & (c == 0)", f"{text} + c * 0") if single else ("ok", text)
+    printer.lines.append(f"tl.store({pointer} + {closed(text)}, {value.text}, mask={mask})")
 
 
 def _slot(printer: Printer, output: fx.Node, coords: tuple[Index, ...]) -> str:
