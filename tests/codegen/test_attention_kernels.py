@@ -1,0 +1,78 @@
+"""The attention kernels in Triton's interpreter, against the op's meaning in fp64."""
+
+from __future__ import annotations
+
+import attention_cases as cases
+import pytest
+import torch
+from attention_cases import Cache, Case
+from torch import Tensor
+
+from llmopt.codegen.templates import decode_attention as decode
+
+pytestmark = pytest.mark.interp
+
+
+def decoded(case: Case, splits: int, swap: int = 0, peel: int = 0, block: int = 16) -> None:
+    make = torch.Generator().manual_seed(7)
+    cache = Cache.of(case, 1, seed=3)
+    (hq, hkv), (d, dv), n = case.heads, case.dims, len(case.lengths)
+    q, k, v = (torch.randn(n, h, w, generator=make).to(case.dtype) for h, w in ((hq, d), (hkv, d), (hkv, dv)))
+    cos, sin = (torch.randn(n, 1, d, generator=make).to(case.dtype) for _ in range(2))
+    sinks = torch.randn(hq, generator=make).to(case.dtype) if case.sinks else None
+    at, rows = torch.tensor(case.lengths), torch.arange(n)
+    turned_q, turned_k = (_rope(x, cos, sin) if case.rope else x for x in (q, k))
+    k_want, v_want, want = cases.expected(case, cache, turned_q, turned_k, v, rows, at, sinks)
+
+    out = torch.full((n, hq * dv), torch.nan, dtype=case.dtype)
+    partial = torch.full((n * hq * splits * dv,), torch.nan)
+    lse = torch.full((n * hq * splits * 2,), torch.nan)
+    tickets = torch.zeros(n * hkv, dtype=torch.int32)
+    hooks = (cases.rope_q, cases.rope_k) if case.rope else (cases.plain_q, cases.plain_k)
+    decode.decode_attention[(n, hkv, splits)](
+        cache.k, cache.v, cache.tables, at, cache.slots(rows, at), sinks, out, partial, lse, tickets,
+        q, cos, sin, k, v, torch.tensor([hq, hkv, d, dv]), n, cache.tables.shape[1], splits,
+        HQ=hq, HKV=hkv, D=d, DV=dv, PAGE=case.page, SCALE=case.scale, WINDOW=case.window, SOFTCAP=case.softcap,
+        LOAD_Q=hooks[0], LOAD_K=hooks[1], LOAD_V=cases.plain_v, BLOCK_T=block, SWAP=swap, PEEL=peel, BLOCK_S=2,
+        PDL=False,
+    )  # fmt: skip
+    tolerance = {torch.float32: 3e-6, torch.float16: 2e-3}[case.dtype]
+    assert (out.view(n, hq, dv).double() - want).abs().max() <= tolerance * want.abs().max()
+    torch.testing.assert_close(cache.k, k_want, atol=1e-6 if case.rope else 0, rtol=0)
+    assert torch.equal(cache.v, v_want)
+    assert not tickets.any()
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+@pytest.mark.parametrize("splits", [1, 3, 8])
+@pytest.mark.parametrize(("swap", "peel"), [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_ragged_lengths_and_splits(splits: int, swap: int, peel: int) -> None:
+    decoded(Case((0, 1, 15, 16, 17, 70)), splits, swap, peel)
+
+
+@pytest.mark.parametrize("swap", [0, 1])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((37, 5), heads=(2, 2)),
+        Case((37, 5), heads=(8, 1)),
+        Case((37, 5), heads=(6, 2), page=16),
+        Case((37, 5), heads=(20, 1)),
+        Case((37, 5), dims=(80, 80)),
+        Case((37, 5), dims=(24, 40)),
+        Case((60, 5, 0), window=20),
+        Case((60, 5, 0), window=1),
+        Case((37, 5), softcap=2.0),
+        Case((37, 0), sinks=True),
+        Case((60, 5), window=20, softcap=2.0, sinks=True, page=16),
+        Case((37, 0), rope=True),
+        Case((37, 5), dtype=torch.float16),
+    ],
+    ids=str,
+)
+def test_features(case: Case, swap: int) -> None:
+    decoded(case, 3, swap, peel=swap)
