@@ -120,20 +120,15 @@ def fault(seen: Seen) -> str | None:
     if seen.properties is not None:
         return _unfit(seen.properties)
     if seen.cuda is None:
-        return (
-            f"torch {seen.torch} is built without CUDA; install a CUDA build of torch (see pytorch.org), or {_NAME_IT}"
-        )
+        return f"torch {seen.torch} is built without CUDA; install a CUDA build of torch (see pytorch.org)"
     if seen.visible is not None and seen.visible.strip() in ("", "-1"):
         return f"CUDA_VISIBLE_DEVICES is {seen.visible!r}, which hides every GPU; unset it"
     old = re.search(r"driver .* too old \(found version (\d+)\)", seen.error)
     if old or "no NVIDIA driver" in seen.error:
         return _bad_driver(seen, int(old.group(1)) if old else None)
     if not seen.nodes:
-        return f"no NVIDIA GPU is visible (torch says: {seen.error}); start the container with its GPUs, or {_NAME_IT}"
+        return f"no NVIDIA GPU is visible (torch says: {seen.error}); start the container with its GPUs"
     return f"torch cannot use CUDA (it says: {seen.error}); see whether nvidia-smi runs, and CUDA_VISIBLE_DEVICES"
-
-
-_NAME_IT = "name the GPU to compile for, such as cuda:sm_90"
 
 
 def _bad_driver(seen: Seen, serves: int | None) -> str:
@@ -151,7 +146,7 @@ def _bad_driver(seen: Seen, serves: int | None) -> str:
         )
     if seen.nodes:
         return f"no NVIDIA driver is loaded, and {built}: {wanted}; install such a driver"
-    return f"no NVIDIA GPU or driver was found, and {built}: {wanted}; install such a driver, or {_NAME_IT}"
+    return f"no NVIDIA GPU or driver was found, and {built}: {wanted}; install such a driver"
 
 
 def _cuda(version: int) -> str:

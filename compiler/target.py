@@ -97,7 +97,7 @@ class Target:
             if fault is None:
                 return _gpu(seen.properties)
             if kind == "cuda":
-                raise TargetError(f"target 'cuda' is this machine's GPU, and there is none to use: {fault}")
+                raise TargetError(f"this machine has no GPU to use: {fault}")
             if seen.nodes:
                 _say_once(f"the GPU is left alone and the CPU is used: {fault}")
         return cls("cpu", _isa(), _cores(), frozenset({"cpp"} if cxx() else ()))
@@ -112,8 +112,10 @@ class Target:
         if text not in TARGETS:
             raise TargetError(f"target {text!r} is unknown; {gpus.meant(text) or did_you_mean(text, TARGETS)}")
         kind, _, isa = text.partition(":")
-        if not isa:
-            return cls.detect(kind)
+        if text == "cuda":
+            return _this_gpu()
+        if text == "cpu":
+            return cls.detect(text)
         if kind == "cuda":
             gpu = gpus.GPUS[isa]
             features = gpu.features | _triton()
@@ -199,6 +201,15 @@ def _isa() -> str:
 def _cores() -> int:
     # a container's share may be smaller than the machine
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _this_gpu() -> Target:
+    try:
+        return Target.detect("cuda")
+    except TargetError as error:
+        raise TargetError(
+            f"target 'cuda': {error}; to compile for another machine, name its GPU, such as cuda:sm_90"
+        ) from error
 
 
 def _gpu(properties: Any) -> Target:
