@@ -79,6 +79,10 @@ class CacheFullError(LlmoptError):
     """The KV cache has no page left and may not grow."""
 
 
+class DeviceMemoryError(LlmoptError):
+    """A GPU has too little memory for weights, cache or work space."""
+
+
 def did_you_mean(seen: str, known: Iterable[str]) -> str:
     """The remedy for a misspelt name: `did you mean 'x'? Known: a, b, c.`"""
     names = sorted(known)

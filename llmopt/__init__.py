@@ -41,12 +41,12 @@ def compile(
     from llmopt.compiler.errors import InputError
     from llmopt.model import CompiledModel
     from llmopt.runtime.build import build
-    from llmopt.runtime.loader import Regions
+    from llmopt.runtime.gpu_code import code_for
 
     if calibration is not None:
         raise InputError("calibration data was given, but no pass of this version reads any; leave it out")
     program, report, context = build(src, recipe, target, dtype, facts)
-    return CompiledModel(program, context.recipe, context.target, report, Regions(program))
+    return CompiledModel(program, context.recipe, context.target, report, code_for(program, context.target))
 
 
 def load(path: str | os.PathLike[str]) -> CompiledModel:

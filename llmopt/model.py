@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmopt.compiler.errors import InputError
+from llmopt.compiler.errors import InputError, TargetError
 from llmopt.compiler.pipeline import program_text
 from llmopt.compiler.program import Program
 from llmopt.compiler.recipe import Recipe
 from llmopt.compiler.target import Target
 from llmopt.runtime.engine import Engine, SamplingParams, TokenEvent
 from llmopt.runtime.executor import Executor
+from llmopt.runtime.gpu_code import GpuCode
+from llmopt.runtime.gpu_step import GpuStep
 from llmopt.runtime.kv_cache import KVCache
 from llmopt.runtime.loader import Regions, read_weights
 from llmopt.runtime.report import Report
+from llmopt.runtime.session import Session, absent, open_session
 from llmopt.runtime.tokenizer import load_tokenizer
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
@@ -40,26 +43,44 @@ class CompiledModel:
         recipe: Recipe,
         target: Target,
         report: Report,
-        regions: Regions,
+        regions: Regions | GpuCode,
         cache_bytes: int | None = None,
     ) -> None:
         self.program, self.recipe, self.target, self.report = program, recipe, target, report
         self.regions = regions
-        self.weights: dict[str, Tensor] = read_weights(program)
-        self.cache = KVCache(program.state, page_size=recipe.page_size, max_bytes=cache_bytes)
-        self.step = Executor(program.graph("step"), self.weights, _Current(self.cache), regions)
+        self._absent = absent(target)  # such a model can be saved and shown
+        self._session = None if self._absent else open_session(program, recipe, target, regions, cache_bytes)
         self._forward: Executor | None = None
-        facts = program.facts
-        most = recipe.dims.sequences[1]
-        self.engine = Engine(
-            self.step,
-            self.cache,
-            vocab_size=facts.vocab_size,
-            context_length=facts.context_length,
-            eos_token_ids=facts.eos_token_ids,
-            chunk_size=min(512, recipe.dims.tokens[1]),
-            max_batch=most,
-        )
+
+    @property
+    def session(self) -> Session:
+        """What the model runs with. Raises TargetError on a machine that its target is not."""
+        if self._session is None:
+            raise TargetError(
+                f"this model was compiled for {self.target.name} and cannot run here: {self._absent}; save it and load "
+                "it on a machine that has one, or compile it for this machine"
+            )
+        return self._session
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights in memory, on the target's device."""
+        return self.session.weights
+
+    @property
+    def cache(self) -> KVCache:
+        """The paged KV cache."""
+        return self.session.cache
+
+    @property
+    def step(self) -> Executor | GpuStep:
+        """The step function, as the engine calls it."""
+        return self.session.step
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that `generate` runs on."""
+        return self.session.engine
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -67,7 +88,10 @@ class CompiledModel:
         return load_tokenizer(self.program.facts.tokenizer)
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V] of the plain forward; input_ids int64 [B, T], position_ids 0..T-1 by default."""
+        """Logits [B, T, V] of the plain forward; input_ids int64 [B, T], position_ids 0..T-1 by default.
+
+        Inputs are moved to the target's device, where the logits stay.
+        """
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; wanted [B, T] with B and T at least 1")
         worst = int(input_ids.max()), int(input_ids.min())
@@ -88,11 +112,11 @@ class CompiledModel:
             )
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1]).expand(input_ids.shape).contiguous()
+        device = self.session.device
         if self._forward is None:
-            self._forward = Executor(
-                self.program.graph("forward"), read_weights(self.program, ("forward",), self.weights)
-            )
-        return self._forward(input_ids, position_ids)  # type: ignore[no-any-return]
+            weights = read_weights(self.program, ("forward",), self.weights, device)
+            self._forward = Executor(self.program.graph("forward"), weights, device=device)
+        return self._forward(input_ids.to(device), position_ids.to(device))  # type: ignore[no-any-return]
 
     def generate(
         self,
@@ -184,7 +208,7 @@ class CompiledModel:
         from llmopt.runtime.artifact import Parts, save
 
         parts = Parts(self.program, self.recipe, self.target, self.report, self.regions)
-        return save(parts, Path(path), self.weights, __version__)
+        return save(parts, Path(path), self._session.weights if self._session else {}, __version__)
 
 
 def _in_order(positions: Tensor, ids: Tensor, context: int) -> bool:
@@ -204,17 +228,3 @@ def _whole(ids: Tensor) -> list[Any]:
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
         raise InputError(f"a prompt is a tensor {ids.dtype} {tuple(ids.shape)}; wanted whole numbers [T] or [B, T]")
     return ids.tolist()
-
-
-class _Current(dict[str, Tensor]):
-    """The cache's tensors as they are now (growing replaces them)."""
-
-    def __init__(self, cache: KVCache) -> None:
-        super().__init__()
-        self.cache = cache
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.cache.tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.cache.tensors[name]

@@ -7,6 +7,7 @@ whole program, readable.
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,11 +39,16 @@ class Plan:
         return space["run"]  # type: ignore[no-any-return]
 
 
-def implementation(node: fx.Node) -> Callable[..., Any]:
-    """What runs a call node outside of a region: the chosen provider's function, in place where proved safe."""
+def implementation(node: fx.Node, device: torch.device | None = None) -> Callable[..., Any]:
+    """What runs a call node outside of a region: the chosen provider's function, in place where proved safe.
+
+    Graphs name no device, so functions that make tensors of nothing are given this one (None: the CPU).
+    """
     op = op_of(node.target)
     if op is None:
-        return node.target  # type: ignore[return-value]
+        schema = getattr(node.target, "_schema", None)
+        makes = device is not None and schema is not None and any(a.name == "device" for a in schema.arguments)
+        return functools.partial(node.target, device=device) if makes else node.target  # type: ignore[return-value, arg-type]
     provider = node.meta.get("provider", "reference")
     if node.meta.get("in_place") and provider == "reference" and op.in_place_fn is not None:
         return op.in_place_fn
@@ -66,11 +72,28 @@ class _Slots:
         heapq.heappush(self.free, slot)
 
 
+def flat_plan(
+    graph: Graph,
+    weights: Mapping[str, Tensor],
+    call_region: Callable[[str], Any],
+    implement: Callable[[fx.Node], Callable[..., Any]] = implementation,
+) -> Plan:
+    """The graph as a flat program: `call_region(name)` takes the region's inputs as a list and gives its outputs;
+    `implement(node)` is what runs a node outside of regions."""
+    return _Emitter(graph, weights, call_region, implement).plan()
+
+
 class _Emitter:
     """Writes the program line by line."""
 
-    def __init__(self, graph: Graph, weights: Mapping[str, Tensor], call_region: Callable[[str], Any]) -> None:
-        self.graph, self.weights, self.call_region = graph, weights, call_region
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Mapping[str, Tensor],
+        call_region: Callable[[str], Any],
+        implement: Callable[[fx.Node], Callable[..., Any]],
+    ) -> None:
+        self.graph, self.weights, self.call_region, self.implement = graph, weights, call_region, implement
         self.names: dict[str, Any] = {}
         self.lines: list[str] = []
         self.where: dict[fx.Node, str] = {}
@@ -99,7 +122,7 @@ class _Emitter:
         elif target_name(node) == "getitem":
             call = f"{args[0]}[{args[1]}]"
         else:
-            call = f"{self._name(_identifier(target_name(node)), implementation(node))}({', '.join(args)})"
+            call = f"{self._name(_identifier(target_name(node)), self.implement(node))}({', '.join(args)})"
         released = [s for s in dict.fromkeys(node.all_input_nodes) if self._is_done(s, node)]
         for source in released:
             self.slots.give(int(self.where[source][1:]))
@@ -142,7 +165,8 @@ def _identifier(name: str) -> str:
 class Executor:
     """Runs one graph. `state` gives the current page tensors by input name; `regions` the compiled regions.
 
-    Calling it takes the graph's inputs without state, in order, and returns its single result (or a tuple).
+    Calling it takes the graph's inputs without state, in order, and returns its single result (or a tuple). `device`
+    is where weights and inputs lie (None: the CPU).
     """
 
     def __init__(
@@ -151,8 +175,9 @@ class Executor:
         weights: Mapping[str, Tensor],
         state: Mapping[str, Tensor] | None = None,
         regions: Regions | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self.graph, self.weights, self.regions = graph, weights, regions
+        self.graph, self.weights, self.regions, self.device = graph, weights, regions, device
         self.state = {} if state is None else state
         names = [n.name for n in graph.inputs()]
         self.state_names = [n for n in names if n in self.state]
@@ -163,10 +188,12 @@ class Executor:
         """The flat program of a shape class, made when first asked for."""
         if shape not in self.plans:
             regions = self.regions
-            emitter = _Emitter(
-                self.graph, self.weights, lambda name: regions(name, shape) if regions is not None else None
+            self.plans[shape] = flat_plan(
+                self.graph,
+                self.weights,
+                lambda name: regions(name, shape) if regions is not None else None,
+                lambda node: implementation(node, self.device),
             )
-            self.plans[shape] = emitter.plan()
             self._run[shape] = self.plans[shape].compile()
         return self.plans[shape]
 

@@ -5,21 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmopt.codegen.regions import CompiledRegion, build_regions, load_region
+from llmopt.compiler.errors import DeviceMemoryError
 from llmopt.compiler.program import Program
 from llmopt.runtime.executor import ShapeClass
 
 
 def read_weights(
-    program: Program, graphs: Iterable[str] = ("step",), known: Mapping[str, Tensor] | None = None
+    program: Program,
+    graphs: Iterable[str] = ("step",),
+    known: Mapping[str, Tensor] | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """The weights these graphs read, in memory, contiguous; `known` ones are not read again."""
+    """The weights these graphs read, on `device` (None: the CPU), contiguous; `known` ones are not read again.
+
+    Raises DeviceMemoryError: a GPU has no room for them.
+    """
+    known, place = known or {}, device or torch.device("cpu")
+    names = dict.fromkeys(w for g in graphs for w in program.graph(g).weights())
     found: dict[str, Tensor] = {}
-    for name in dict.fromkeys(w for g in graphs for w in program.graph(g).weights()):
-        have = None if known is None else known.get(name)
-        found[name] = have if have is not None else program.weights[name].load().contiguous()
+    try:
+        for name in names:
+            have = known.get(name)
+            found[name] = have if have is not None else program.weights[name].load().to(place).contiguous()
+    except torch.OutOfMemoryError as error:
+        whole = sum(program.weights[name].nbytes for name in names)
+        done = sum(t.nbytes for t in found.values())
+        raise DeviceMemoryError(
+            f"weight {name!r} does not fit: the weights take {whole} bytes, of which {done} are on {place}, which has "
+            f"{torch.cuda.mem_get_info(place)[0] if place.type == 'cuda' else 0} bytes left; free memory on it, or "
+            "compile in a smaller dtype"
+        ) from error
     return found
 
 

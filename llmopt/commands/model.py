@@ -23,7 +23,7 @@ from llmopt.console import (
 )
 from llmopt.model import CompiledModel
 from llmopt.runtime.build import build
-from llmopt.runtime.loader import Regions
+from llmopt.runtime.gpu_code import code_for
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Sampling:
 def compiled(model: str, recipe: str, target: str | None, dtype: str | None, progress: Progress) -> CompiledModel:
     """A model compiled in this process, its regions included, so that all waiting is over when it is returned."""
     program, report, context = build(model, recipe, target, dtype, progress=progress)
-    regions = Regions(program)
+    regions = code_for(program, context.target)
     started = time.perf_counter()
     regions.compile_all(lambda key: progress(f"compiling {key}"))
     report.seconds["regions"] = time.perf_counter() - started

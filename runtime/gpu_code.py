@@ -1,0 +1,104 @@
+"""The code of a program for a GPU: each region's for each class of shapes, and the cubins of its kernels.
+
+Both are made when a class is first needed, or all at once for an artifact; what an artifact holds is not made again,
+and neither a compiler nor Triton is imported then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from llmopt.codegen.kernel import Kernel, RegionCode
+from llmopt.codegen.sampling import REGION as SAMPLE
+from llmopt.codegen.sampling import sampling_code
+from llmopt.compiler.program import Program
+from llmopt.compiler.target import Target
+from llmopt.runtime.loader import Regions
+
+# decoding steps of at most so many tokens, each of a sequence of its own; then any other step
+DECODE_SHAPES = ("1", "8", "16", "32", "64")
+MANY = "many"
+SHAPES = (*DECODE_SHAPES, MANY)
+
+
+def decode_shape(rows: int) -> str:
+    """The class of a decoding step of `rows` tokens, at most 64."""
+    return next(s for s in DECODE_SHAPES if rows <= int(s))
+
+
+class GpuCode:
+    """Region code by (region, class) and cubins by kernel; `codes` and `cubins` are those an artifact holds."""
+
+    def __init__(
+        self,
+        program: Program,
+        target: Target,
+        codes: Mapping[tuple[str, str], RegionCode] | None = None,
+        cubins: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.program, self.target = program, target
+        self.codes: dict[tuple[str, str], RegionCode] = dict(codes or {})
+        self.cubins: dict[str, Any] = dict(cubins or {})  # by Kernel.digest()
+
+    def names(self) -> list[str]:
+        """The regions the step calls, in first-call order, and `sample`, which ends a decoding step."""
+        called = [str(n.target) for n in self.program.graph("step").fx.nodes if n.op == "call_module"]
+        return [*dict.fromkeys(called), SAMPLE]
+
+    def keys(self, shapes: Iterable[str] = SHAPES) -> list[tuple[str, str]]:
+        """(region, class) of all code there is for these classes; class many is sampled by torch."""
+        return [(name, shape) for shape in shapes for name in self.names() if (name, shape) != (SAMPLE, MANY)]
+
+    def code(self, name: str, shape: str) -> RegionCode:
+        """The code of a region for a class of shapes."""
+        key = name, shape
+        if key not in self.codes:
+            self.codes[key] = self._sampling() if name == SAMPLE else self._region(name, shape)
+        return self.codes[key]
+
+    def cubin(self, kernel: Kernel) -> Any:
+        """The kernel compiled. Raises BuildError."""
+        digest = kernel.digest()
+        if digest not in self.cubins:
+            self.compile([kernel])
+        return self.cubins[digest]
+
+    def prepare(self, shape: str) -> None:
+        """Compile what a class needs, side by side."""
+        self.compile(k for key in self.keys([shape]) for k in self.code(*key).kernels())
+
+    def compile_all(self, progress: Callable[[str], None] = lambda stage: None) -> None:
+        """Compile every region for every class of shapes (what an artifact holds)."""
+        kernels = dict.fromkeys(k for key in self.keys() for k in self.code(*key).kernels())
+        progress(f"compile {len(kernels)} kernels for {self.target.isa}")
+        self.compile(kernels)
+
+    def compile(self, kernels: Iterable[Kernel]) -> None:
+        """Compile those of the kernels that are not, in parallel."""
+        missing = {k.digest(): k for k in kernels if k.digest() not in self.cubins}
+        if missing:
+            from llmopt.codegen.cubin import compile_all
+
+            self.cubins.update(zip(missing, compile_all(list(missing.values()), self.target), strict=True))
+
+    def _region(self, name: str, shape: str) -> RegionCode:
+        from llmopt.codegen.fused import region_code  # templates import Triton
+
+        return region_code(self.program.graph(name), shape, self.target)
+
+    def _sampling(self) -> RegionCode:
+        (logits,) = self.program.graph("step").outputs()
+        dtype = str(logits.meta["val"].dtype).removeprefix("torch.")
+        page = self.program.state[0].shape[1] if self.program.state else 1
+        return sampling_code(self.program.facts.vocab_size, dtype, page, self.target)
+
+
+def code_for(program: Program, target: Target) -> Regions | GpuCode:
+    """What compiles the regions of a lowered program and keeps them: kernels where `fuse` has cut some, else C++."""
+    return GpuCode(program, target) if has_kernels(program, target) else Regions(program)
+
+
+def has_kernels(program: Program, target: Target) -> bool:
+    """Has the step been cut into kernels for a GPU? Without Triton it has not, and torch runs it node by node."""
+    return target.kind == "cuda" and any(n.op == "call_module" for n in program.graph("step").fx.nodes)
