@@ -10,14 +10,20 @@ import ast
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from llmopt.compiler.errors import BuildError
 
 Scalar = bool | int | float | str | None
 Size = int | str
+
+# a runtime argument, and what launches one kernel: grid, arguments in the order of `Kernel.types`
+Argument = Tensor | int | float | None
+Launch = Callable[[tuple[int, ...], Sequence[Argument]], None]
 
 # tokens, rows of logits, sequences (rows of the block table), width of the block table, query tiles, parts a
 # sequence's keys are split into
@@ -67,6 +73,10 @@ class Kernel:
         return cls(**pairs, **rest)
 
 
+# what makes a kernel ready to launch: runtime.cuda on a GPU, codegen.interpret on a CPU
+Launcher = Callable[[Kernel], Launch]
+
+
 @dataclass(frozen=True)
 class Buffer:
     """A tensor that a region makes: `shape` of sizes, `dtype` a torch name. `kept`: zeroed once and then kept from
@@ -75,6 +85,15 @@ class Buffer:
     shape: tuple[Size, ...]
     dtype: str
     kept: bool = False
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON types only; `from_data` reads it back."""
+        return {"shape": list(self.shape), "dtype": self.dtype, "kept": self.kept}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Buffer:
+        """Read `to_data`'s form."""
+        return cls(tuple(data["shape"]), data["dtype"], data["kept"])
 
 
 @dataclass(frozen=True)
@@ -89,6 +108,17 @@ class Call:
     kernel: Kernel | None = None
     grid: tuple[Size, ...] = (1,)
     op: str | None = None
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON types only, the kernel by its digest; `from_data` reads it back."""
+        kernel = None if self.kernel is None else self.kernel.digest()
+        return {"args": list(self.args), "kernel": kernel, "grid": list(self.grid), "op": self.op}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any], kernels: Mapping[str, Kernel]) -> Call:
+        """Read `to_data`'s form; `kernels` by digest. Raises KeyError: a kernel is not among them."""
+        kernel = None if data["kernel"] is None else kernels[data["kernel"]]
+        return cls(tuple(data["args"]), kernel, tuple(data["grid"]), data["op"])
 
 
 @dataclass(frozen=True)
@@ -105,6 +135,21 @@ class RegionCode:
     def kernels(self) -> tuple[Kernel, ...]:
         """The kernels called, each once."""
         return tuple(dict.fromkeys(c.kernel for c in self.calls if c.kernel is not None))
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON types only, kernels by their digests; `from_data` reads it back."""
+        return {
+            "calls": [c.to_data() for c in self.calls],
+            "outputs": [o if isinstance(o, str) else o.to_data() for o in self.outputs],
+            "temporaries": [t.to_data() for t in self.temporaries],
+        }
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any], kernels: Mapping[str, Kernel]) -> RegionCode:
+        """Read `to_data`'s form; `kernels` by digest. Raises KeyError: a kernel is not among them."""
+        calls = tuple(Call.from_data(c, kernels) for c in data["calls"])
+        outputs = tuple(o if isinstance(o, str) else Buffer.from_data(o) for o in data["outputs"])
+        return cls(calls, outputs, tuple(Buffer.from_data(t) for t in data["temporaries"]))
 
 
 _BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {

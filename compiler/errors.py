@@ -79,6 +79,10 @@ class CacheFullError(LlmoptError):
     """The KV cache has no page left and may not grow."""
 
 
+class DeviceError(LlmoptError):
+    """A GPU or its driver refused to load or run a kernel."""
+
+
 class DeviceMemoryError(LlmoptError):
     """A GPU has too little memory for weights, cache or work space."""
 

@@ -1,0 +1,110 @@
+"""A kernel's template function and its constants, hooks among them: what compiler and interpreter take.
+
+The source of a kernel's hooks is kept as a module in the cache folder, since Triton reads functions from their file.
+Its name is the digest of its text, so that no two texts share a module, a function name or an entry of any cache.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmopt.codegen.kernel import Kernel
+from llmopt.compiler import knobs
+from llmopt.compiler.errors import BuildError
+
+TEMPLATES = "llmopt.codegen.templates"
+
+
+def function(kernel: Kernel) -> Callable[..., Any]:
+    """The template's function. Raises BuildError: no such template, or no Triton."""
+    module, _, name = kernel.template.partition(":")
+    try:
+        found = getattr(importlib.import_module(f"{TEMPLATES}.{module}"), name, None)
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            raise BuildError("Triton is not installed, and GPU kernels need it: pip install triton (Linux)") from error
+        raise BuildError(f"template {kernel.template!r}: module {error.name} does not exist") from error
+    if found is None:
+        raise BuildError(f"template {kernel.template!r}: module {TEMPLATES}.{module} has no {name!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def constants(kernel: Kernel) -> dict[str, Any]:
+    """Every parameter of the template that is no runtime argument, by name; hooks are functions. Raises BuildError."""
+    values: dict[str, Any] = dict(kernel.constants)
+    if kernel.hooks:
+        module = _module(kernel.source)
+        for parameter, name in kernel.hooks:
+            if not hasattr(module, name):
+                raise BuildError(f"kernel {kernel.template}: hook {parameter} is {name!r}, which its source lacks")
+            values[parameter] = getattr(module, name)
+    return values
+
+
+def template_text(template: str) -> str:
+    """The text of a template's module and of those beside it that it imports, for keys. Raises BuildError."""
+    texts: dict[str, str] = {}
+    waiting = [template.partition(":")[0]]
+    while waiting:
+        name = waiting.pop()
+        if name not in texts:
+            texts[name] = _text(name)
+            waiting += _beside(ast.parse(texts[name]))
+    return "\0".join(f"{name}\0{text}" for name, text in sorted(texts.items()))
+
+
+def _text(name: str) -> str:
+    found = importlib.util.find_spec(f"{TEMPLATES}.{name}")
+    if found is None or found.origin is None:
+        raise BuildError(f"template {name!r} does not exist in {TEMPLATES}")
+    return Path(found.origin).read_text(encoding="utf-8")
+
+
+def _beside(tree: ast.Module) -> list[str]:
+    """Modules of the templates' package that a module imports."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == TEMPLATES:
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(TEMPLATES + "."):
+            names.append(str(node.module).removeprefix(TEMPLATES + "."))
+        elif isinstance(node, ast.Import):
+            names += [a.name.removeprefix(TEMPLATES + ".") for a in node.names if a.name.startswith(TEMPLATES + ".")]
+    return names
+
+
+def _module(source: str) -> Any:
+    """The hooks' module, written and imported once for each text."""
+    name = f"llmopt_hooks_{hashlib.sha256(source.encode()).hexdigest()[:20]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    path = knobs.cache() / "hooks" / f"{name}.py"
+    write_new(path, source.encode())
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise BuildError(f"hooks {path} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # Triton looks a function's module up by its name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise BuildError(f"hooks {path} cannot be imported ({type(error).__name__}: {error})") from error
+    return module
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, as another process may read or write it at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)
