@@ -182,8 +182,9 @@ class Llmopt:
         self.model: Any = llmopt.compile(
             case.model, target=weight.device.type, dtype=str(weight.dtype).removeprefix("torch.")
         )
-        self.note = f"llmopt, recipe {self.model.recipe.name}, target {self.model.target.name}, paged cache"
-        self.compile_report = dict(self.model.report.seconds)
+        self.decoder: Any = getattr(self.model, "decoder", None)
+        how = "no decoding graphs" if self.decoder is None else "decoding graphs"
+        self.note = f"llmopt, recipe {self.model.recipe.name}, target {self.model.target.name}, paged cache, {how}"
         self.ids, self.device = case.ids, self.model.cache.device
         cache, end = self.model.cache, case.context + SPARE
         self.rows = [cache.open() for _ in range(case.batch)]
@@ -193,7 +194,7 @@ class Llmopt:
             self._read(row, ids[:-1])
         at = [cache.slots(row, case.context, end) for row in self.rows]
         self.slots = torch.tensor(at, device=self.device).T.contiguous()  # [steps, B]
-        self.batch = torch.arange(case.batch, device=self.device)
+        self.numbers = torch.arange(case.batch, device=self.device)
         self.seq_ids = torch.tensor(self.rows, device=self.device)
 
     def _read(self, row: int, ids: Tensor) -> None:
@@ -210,16 +211,39 @@ class Llmopt:
         """Position and token; the pages beyond the prompt are written anew."""
         self.token, self.made = self.ids[:, -1].clone(), 0
         self.positions = torch.full_like(self.token, self.ids.shape[1] - 1)
+        if self.decoder is not None:
+            self.decoder.start(self._batch())
+
+    def _batch(self) -> Any:
+        from llmopt.runtime.decoder import Batch
+        from llmopt.runtime.sampler import SampleRows, SamplingParams
+
+        greedy = SampleRows.of([SamplingParams()] * len(self.rows), list(range(len(self.rows))), self.device)
+        tables = self.model.cache.block_tables()
+        return Batch(self.token, self.positions, self.slots[0], self.seq_ids, tables, greedy, self.ids.shape[1])
 
     def step(self) -> Tensor:
-        """Step and argmax."""
+        """A replay of the decoding graph; on a target without graphs the step and argmax."""
+        made, self.made = self.made, self.made + 1
+        return self._eager(made) if self.decoder is None else self._replay(made)
+
+    def _replay(self, made: int) -> Tensor:
+        from llmopt.runtime.decode_graphs import bucket
+        from llmopt.runtime.decoder import NewPage
+
+        count, at, cache = len(self.rows), self.ids.shape[1] - 1 + made, self.model.cache
+        if made and at % cache.page_size == 0:
+            column = at // cache.page_size
+            self.decoder.state.add([NewPage(i, column, cache.pages(r)[column]) for i, r in enumerate(self.rows)])
+        return self.decoder.replay(min(bucket(count), self.decoder.limit), at + 1)()[:count]
+
+    def _eager(self, made: int) -> Tensor:
         logits: Tensor = self.model.step(
-            self.token[None], self.positions[None], self.slots[self.made], self.seq_ids,
-            self.model.cache.block_tables(), self.batch,
+            self.token[None], self.positions[None], self.slots[made], self.seq_ids,
+            self.model.cache.block_tables(), self.numbers,
         )  # fmt: skip
         self.token = logits.argmax(-1)
         self.positions += 1
-        self.made += 1
         return logits
 
 

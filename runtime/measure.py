@@ -31,7 +31,36 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
+        **gpu(),
     }
+
+
+def gpu() -> dict[str, Any]:
+    """Name, memory, driver and versions of the current GPU; empty without one."""
+    if not torch.cuda.is_available():
+        return {}
+    facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": {
+            "name": facts.name,
+            "capability": f"{facts.major}.{facts.minor}",
+            "multiprocessors": facts.multi_processor_count,
+            "memory_bytes": facts.total_memory,
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+        },
+        "triton": metadata.version("triton"),
+    }
+
+
+def _driver() -> str:
+    """The driver's version as NVIDIA's tool says it, the same for all GPUs of a machine."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return said.split("\n")[0].strip() or "unknown"
 
 
 def _local(argument: str) -> str:
