@@ -180,5 +180,6 @@ class Graph:
         """One printed line of the graph."""
         args = [_format_arg(a) for a in node.args] + [f"{k}={_format_arg(v)}" for k, v in node.kwargs.items()]
         text = f"    {node.name}: {type_of(node.meta.get('val'))} = {target_name(node)}({', '.join(args)})"
-        note = str(origin(node)) if provenance else ""
+        number = f"kernel {node.meta['kernel']}" if "kernel" in node.meta else ""
+        note = " ".join(p for p in (number, str(origin(node)) if provenance else "") if p)
         return f"{text}  # {note}" if note else text

@@ -2,10 +2,11 @@
 
 from llmopt.compiler.pipeline import Pass
 from llmopt.passes.canonicalize import Canonicalize
+from llmopt.passes.fuse import Fuse
 from llmopt.passes.insert_kv_cache import InsertKVCache
 from llmopt.passes.lower import Lower
 from llmopt.passes.raise_aten import RaiseAten
 
-PASSES: dict[str, type[Pass]] = {p.name: p for p in (RaiseAten, Canonicalize, InsertKVCache, Lower)}
+PASSES: dict[str, type[Pass]] = {p.name: p for p in (RaiseAten, Canonicalize, InsertKVCache, Fuse, Lower)}
 
-__all__ = ["PASSES", "Canonicalize", "InsertKVCache", "Lower", "RaiseAten"]
+__all__ = ["PASSES", "Canonicalize", "Fuse", "InsertKVCache", "Lower", "RaiseAten"]
