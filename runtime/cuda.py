@@ -1,4 +1,4 @@
-"""Cubins on a GPU: loaded and launched through the driver, on torch's current stream, so that torch's graphs capture it.
+"""Cubins on a GPU: loaded and launched through the driver on torch's current stream, where torch's graphs capture them.
 
 A loaded cubin stays loaded for the life of the process: a captured graph refers to its kernels and does not keep them.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,69 +39,87 @@ def launcher(cubin: Callable[[Kernel], Cubin], device: torch.device | str = "cud
 
 
 class LoadedKernel:
-    """One cubin on one GPU; call it with a grid and the arguments, or `bind` them to launch the same again and again."""
+    """One cubin on one GPU: call it with a grid and the arguments, or `bind` them once and launch again and again."""
 
     def __init__(self, cubin: Cubin, device: int) -> None:
         self.cubin, self.device = cubin, device
         self.function, self.context = _load(cubin, device)
-        self._attributes = [_overlapped()] if cubin.pdl else []
-        if odd := [kind for kind in cubin.params if not kind.startswith("*") and kind not in _NUMBERS]:
-            raise BuildError(f"kernel {cubin.entry} takes a {odd[0]}, which this llmopt cannot pass; compile it again")
+        self.attributes = [_overlapped()] if cubin.pdl else []
+        self._frame, self._lock = _Frame(self), threading.Lock()
 
     def __call__(self, grid: tuple[int, ...], args: Sequence[Argument]) -> None:
-        """Launch on torch's current stream. Tensors must outlive the launch, as with any work on a stream."""
+        """Launch on torch's current stream. Tensors must outlive the launch, as with any work on a stream.
+
+        Raises BuildError (arguments that do not fit), DeviceError or DeviceMemoryError.
+        """
         if all(grid):
-            self.bind(grid, args)()
+            with self._lock:  # arguments are read when the launch is made, not later
+                self._frame.fill(grid, args)
+                self._launch(self._frame)
 
     def bind(self, grid: tuple[int, ...], args: Sequence[Argument]) -> Callable[[], None]:
-        """What launches with these arguments; it keeps no tensor alive. Grid [1..3] of sizes >= 1."""
-        driver = _driver()
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
-        config.blockDimX, config.blockDimY, config.blockDimZ = 32 * self.cubin.num_warps, 1, 1
-        config.sharedMemBytes = self.cubin.shared
-        if self._attributes:
-            config.attrs, config.numAttrs = self._attributes, len(self._attributes)
-        values = [*self._packed(args), *(ctypes.c_void_p() for _ in range(_SCRATCH))]
-        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        where = ctypes.addressof(addresses)
-        launch, function, current_stream = driver.cuLaunchKernelEx, self.function, torch.cuda.current_stream
-        success, device = driver.CUresult.CUDA_SUCCESS, self.device
+        """What launches with these arguments; it keeps no tensor alive. Grid of one to three sizes, all >= 1."""
+        frame = _Frame(self)
+        frame.fill(grid, args)
+        return functools.partial(self._launch, frame)
 
-        def run(keep: Any = (values, addresses)) -> None:
-            config.hStream = current_stream(device).cuda_stream
-            (result,) = launch(config, function, where, 0)
-            if result != success:
-                self._failed(result, config, where, grid)
+    def _launch(self, frame: _Frame) -> None:
+        config = frame.config
+        config.hStream = torch.cuda.current_stream(self.device).cuda_stream
+        (result,) = _driver().cuLaunchKernelEx(config, self.function, frame.where, 0)
+        if result:
+            self._failed(result, frame)
 
-        return run
-
-    def _packed(self, args: Sequence[Argument]) -> list[Any]:
-        params = self.cubin.params
-        if len(args) != len(params):
-            raise BuildError(f"kernel {self.cubin.entry} takes {len(params)} arguments, got {len(args)}")
-        return [self._pointer(a) if p[0] == "*" else _NUMBERS[p](a) for a, p in zip(args, params, strict=True)]
-
-    def _pointer(self, value: Argument) -> Any:
-        if value is None:
-            return ctypes.c_void_p()
-        if not isinstance(value, Tensor) or value.get_device() != self.device:
-            seen = f"a tensor on {value.device}" if isinstance(value, Tensor) else repr(value)
-            raise BuildError(f"kernel {self.cubin.entry} takes tensors on cuda:{self.device}, got {seen}")
-        address = value.data_ptr()
-        if address % _ALIGNMENT:
-            raise BuildError(
-                f"kernel {self.cubin.entry} takes tensors at multiples of {_ALIGNMENT} bytes, got one of shape "
-                f"{tuple(value.shape)} at {address:#x}; copy it"
-            )
-        return ctypes.c_void_p(address)
-
-    def _failed(self, result: Any, config: Any, where: int, grid: tuple[int, ...]) -> None:
+    def _failed(self, result: Any, frame: _Frame) -> None:
         driver = _driver()
         if result == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # the first call of a new thread
             _check(driver.cuCtxSetCurrent(self.context), "making the GPU current to this thread")
-            (result,) = driver.cuLaunchKernelEx(config, self.function, where, 0)
+            (result,) = driver.cuLaunchKernelEx(frame.config, self.function, frame.where, 0)
+        config = frame.config
+        grid = config.gridDimX, config.gridDimY, config.gridDimZ
         _check((result,), f"launching kernel {self.cubin.entry} over grid {grid}")
+
+
+class _Frame:
+    """What one launch reads: its configuration, the values of the arguments, and their addresses at `where`."""
+
+    def __init__(self, kernel: LoadedKernel) -> None:
+        cubin = kernel.cubin
+        self.entry, self.params, self.device = cubin.entry, cubin.params, kernel.device
+        if odd := [kind for kind in cubin.params if kind[0] != "*" and kind not in _NUMBERS]:
+            raise BuildError(f"kernel {cubin.entry} takes a {odd[0]}, which this llmopt cannot pass; compile it again")
+        kinds = [ctypes.c_void_p if kind[0] == "*" else _NUMBERS[kind] for kind in cubin.params]
+        self.values = [kind() for kind in (*kinds, *[ctypes.c_void_p] * _SCRATCH)]
+        self.addresses = (ctypes.c_void_p * len(self.values))(*map(ctypes.addressof, self.values))
+        self.where = ctypes.addressof(self.addresses)
+        self.config = _driver().CUlaunchConfig()
+        self.config.blockDimX, self.config.blockDimY, self.config.blockDimZ = 32 * cubin.num_warps, 1, 1
+        self.config.sharedMemBytes = cubin.shared
+        if kernel.attributes:
+            self.config.attrs, self.config.numAttrs = kernel.attributes, len(kernel.attributes)
+
+    def fill(self, grid: tuple[int, ...], args: Sequence[Argument]) -> None:
+        """Set grid and arguments."""
+        if len(args) != len(self.params):
+            raise BuildError(f"kernel {self.entry} takes {len(self.params)} arguments, got {len(args)}")
+        config = self.config
+        config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
+        for slot, kind, arg in zip(self.values, self.params, args, strict=False):  # scratch stays null
+            slot.value = self._address(arg) if kind[0] == "*" else arg
+
+    def _address(self, value: Argument) -> int | None:
+        if value is None:
+            return None
+        if not isinstance(value, Tensor) or value.get_device() != self.device:
+            seen = f"a tensor on {value.device}" if isinstance(value, Tensor) else repr(value)
+            raise BuildError(f"kernel {self.entry} takes tensors on cuda:{self.device}, got {seen}")
+        address = value.data_ptr()
+        if address % _ALIGNMENT:
+            raise BuildError(
+                f"kernel {self.entry} takes tensors at multiples of {_ALIGNMENT} bytes, got one of shape "
+                f"{tuple(value.shape)} at {address:#x}; copy it"
+            )
+        return address
 
 
 def _load(cubin: Cubin, device: int) -> tuple[Any, Any]:

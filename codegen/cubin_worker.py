@@ -1,0 +1,113 @@
+"""Kernels compiled side by side: each worker is a fresh Python that fills the cache of `cubin`, one kernel at a time.
+
+Fresh, as a process that already has threads (torch, CUDA) must not be forked, and not by `multiprocessing`, whose
+workers would run the user's own script again. Run as a module, this is the worker: a target and then kernels come in as
+lines of JSON, and an error or null goes out for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+
+from llmopt.codegen.kernel import Kernel
+from llmopt.compiler.errors import BuildError, LlmoptError
+from llmopt.compiler.target import Target
+
+
+def fill_cache(kernels: Sequence[Kernel], target: Target, workers: int, done: Callable[[], None]) -> None:
+    """Compile `kernels` into the cache; `done` is called here after each. Raises BuildError of the first that fails."""
+    waiting: queue.SimpleQueue[Kernel] = queue.SimpleQueue()
+    for kernel in kernels:
+        waiting.put(kernel)
+    errors: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    stop = threading.Event()
+    threads = [threading.Thread(target=_feed, args=(waiting, errors, target, stop)) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in kernels:
+            error = errors.get()
+            if error is not None:
+                raise BuildError(error)
+            done()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def _feed(
+    waiting: queue.SimpleQueue[Kernel], errors: queue.SimpleQueue[str | None], target: Target, stop: threading.Event
+) -> None:
+    """Give one worker kernels until there are none; what goes wrong is an error of the kernel it had."""
+    with tempfile.TemporaryFile() as said:
+        try:
+            with _start(said.fileno()) as worker:
+                _converse(worker, waiting, errors, target, stop)
+        except (OSError, ValueError, EOFError) as error:
+            said.seek(0)
+            lines = said.read().decode(errors="replace").split("\n")
+            last = next((line for line in reversed(lines) if line.strip()), f"{type(error).__name__}: {error}")
+            errors.put(f"a process that compiles kernels for {target.name} ended early ({last.strip()[:300]})")
+
+
+def _converse(
+    worker: subprocess.Popen[str],
+    waiting: queue.SimpleQueue[Kernel],
+    errors: queue.SimpleQueue[str | None],
+    target: Target,
+    stop: threading.Event,
+) -> None:
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    worker.stdin.write(target.to_json() + "\n")
+    while not stop.is_set():
+        try:
+            kernel = waiting.get_nowait()
+        except queue.Empty:
+            return
+        worker.stdin.write(json.dumps(kernel.to_data()) + "\n")
+        worker.stdin.flush()
+        answer = worker.stdout.readline()
+        if not answer:
+            raise EOFError("it sent no answer")
+        errors.put(json.loads(answer))
+
+
+def _start(errors: int) -> subprocess.Popen[str]:
+    places = os.pathsep.join(p for p in sys.path if p)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "llmopt.codegen.cubin_worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def work() -> None:
+    """Read a target and kernels from stdin, and answer each kernel."""
+    from llmopt.codegen.cubin import compile_kernel  # which imports this module
+
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what a compiler prints is no answer
+        target = Target.from_json(sys.stdin.readline())
+        for line in sys.stdin:
+            answer = None
+            try:
+                compile_kernel(Kernel.from_data(json.loads(line)), target)
+            except LlmoptError as error:
+                answer = str(error)
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    work()
