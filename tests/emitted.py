@@ -1,4 +1,4 @@
-"""What the tests of printed kernels share: region graphs from functions over aten ops, and the kernels run on tensors."""
+"""What the tests of printed kernels share: region graphs from functions over aten ops, and kernels run on tensors."""
 
 from __future__ import annotations
 
