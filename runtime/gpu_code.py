@@ -80,7 +80,8 @@ class GpuCode:
         if missing:
             from llmopt.codegen.cubin import compile_all
 
-            self.cubins.update(zip(missing, compile_all(list(missing.values()), self.target), strict=True))
+            made = compile_all(missing.values(), self.target)
+            self.cubins.update((kernel.digest(), cubin) for kernel, cubin in made.items())
 
     def _region(self, name: str, shape: str) -> RegionCode:
         from llmopt.codegen.fused import region_code  # templates import Triton
