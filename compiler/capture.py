@@ -24,6 +24,7 @@ from llmopt.compiler.errors import CaptureError
 from llmopt.compiler.graph import Graph, Origin, type_of
 from llmopt.compiler.program import ModelFacts, Program, Weight, tensor_weight
 from llmopt.compiler.propagate import propagate, symbolic_inputs
+from llmopt.compiler.skeleton import lives_elsewhere, skeleton, weights_of
 
 EXAMPLE_SHAPE = (3, 6)  # not 0 or 1, and B != T, so that export keeps both dynamic and apart
 
@@ -105,6 +106,8 @@ def capture(
     `weights(name, tensor)` says how the named parameter or buffer is read later; by default it is the model's own
     tensor. Raises CaptureError if the model does not export, or is not `(input_ids, position_ids) -> logits`.
     """
+    if isinstance(model, nn.Module) and lives_elsewhere(model):
+        weights, model = weights or weights_of(model), skeleton(model)
     exported = model if isinstance(model, ExportedProgram) else export_module(model, facts.context_length)
     exported = _functional(exported)
     tensors = _lifted_tensors(exported)

@@ -60,6 +60,7 @@ class DecodeState:
     _VECTORS = ("tokens", "positions", "slots", "moves", "seeds", "sequences")
 
     def __init__(self, rows: int, width: int, page_size: int, device: torch.device | str = "cpu") -> None:
+        rows += rows % 2  # every vector begins at a multiple of 16 bytes, as kernels want
         self.rows, self.width, self.page_size, self.device = rows, width, page_size, torch.device(device)
         # one allocation, so that a patch of slots and tables is one write
         self.words = torch.zeros(rows * (len(self._VECTORS) + width), dtype=torch.int64, device=self.device)

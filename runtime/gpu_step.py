@@ -64,7 +64,7 @@ class GpuStep:
         self._frame(len(slots), len(rows), sequences, width, 1)
         inputs = (input_ids, position_ids, slots, seq_ids, block_tables.contiguous(), rows)
         try:
-            return self._run(MANY)(*inputs, *[self.state[n] for n in self.state_names])  # type: ignore[no-any-return]
+            return self._run(MANY)(*map(_aligned, inputs), *[self.state[n] for n in self.state_names])  # type: ignore[no-any-return]
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(
                 f"a step of {len(slots)} tokens does not fit the GPU's memory ({_first_line(error)}); "
@@ -116,6 +116,11 @@ class GpuStep:
             code = self.code.code(name, shape)
             self._bound[key] = BoundRegion(code, self.launcher, TORCH_CALLS, self.frame, self.device)
         return self._bound[key]
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    # kernels load 16 bytes at a time
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _selects_rows(node: fx.Node) -> bool:
