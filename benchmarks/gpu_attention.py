@@ -150,6 +150,7 @@ def decode_row(
     batch: int, context: int, page: int, configs: list[dict[str, Any]], target: Target, peers: bool
 ) -> dict[str, Any]:
     """Every configuration at two numbers of parts, in a graph of four launches; peers in turns with the best."""
+    torch.compiler.reset()  # a limit on recompilations would end FlexAttention's compiled form
     case, base = Decode(batch, context, page), decode.splits(batch, HKV, context, target)
     tried: dict[str, float] = {}
     best: tuple[float, Callable[[], object]] = (float("inf"), lambda: None)
@@ -195,9 +196,7 @@ def top(tried: dict[str, float], count: int = 4) -> str:
 def report(result: dict[str, Any]) -> None:
     """The table, last in the output."""
     rates = result["bandwidth"]
-    print(
-        f"\n{result['device']}: copy {rates['copy']:.0f} GB/s, read {rates['read']:.0f} GB/s; wall {result['wall']:.0f} s"
-    )
+    print(f"\n{result['device']}: copy {rates['copy']:.0f} GB/s, read {rates['read']:.0f}; {result['wall']:.0f} s")
     print("configurations: swap/tile/warps/stages/peel xparts, us")
     if "gate" in result:
         print("gate: worst error", max(row["error"] for row in result["gate"]))

@@ -9,6 +9,8 @@ from attention_cases import Cache, Case
 from torch import Tensor
 
 from llmopt.codegen.templates import decode_attention as decode
+from llmopt.codegen.templates import prefill_attention as prefill
+from llmopt.runtime.attend import StepLayout
 
 pytestmark = pytest.mark.interp
 
@@ -76,3 +78,45 @@ def test_ragged_lengths_and_splits(splits: int, swap: int, peel: int) -> None:
 )
 def test_features(case: Case, swap: int) -> None:
     decoded(case, 3, swap, peel=swap)
+
+
+def prefilled(case: Case, counts: tuple[int, ...], block_q: int = 16, block_t: int = 16) -> None:
+    make = torch.Generator().manual_seed(7)
+    cache = Cache.of(case, max(counts), seed=3)
+    (hq, hkv), (d, dv) = case.heads, case.dims
+    rows = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    at = torch.cat([torch.arange(n) + have for n, have in zip(counts, case.lengths, strict=True)])
+    q = torch.randn(len(rows), hq, d, generator=make).to(case.dtype)
+    k, v = (torch.randn(len(rows), hkv, w, generator=make).to(case.dtype) for w in (d, dv))
+    sinks = torch.randn(hq, generator=make).to(case.dtype) if case.sinks else None
+    k_pages, v_pages, want = cases.expected(case, cache, q, k, v, rows, at, sinks)
+
+    tiles = StepLayout.of(rows, at[None]).tiles(block_q)
+    out = torch.full((len(rows), hq, dv), torch.nan, dtype=case.dtype)
+    prefill.prefill_attention[(len(tiles), hq)](
+        q, k_pages, v_pages, cache.tables, tiles, sinks, out, cache.tables.shape[1],
+        HQ=hq, HKV=hkv, D=d, DV=dv, PAGE=case.page, SCALE=case.scale, WINDOW=case.window, SOFTCAP=case.softcap,
+        BLOCK_Q=block_q, BLOCK_T=block_t, DRAIN=0,
+    )  # fmt: skip
+    tolerance = {torch.float32: 3e-6, torch.float16: 2e-3}[case.dtype]
+    assert (out.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("case", "counts"),
+    [
+        (Case((0, 0, 0)), (40, 1, 16)),
+        (Case((5, 33, 0, 16)), (20, 1, 3, 17)),
+        (Case((5, 33), heads=(6, 2), page=16), (20, 1)),
+        (Case((5, 33), dims=(24, 40)), (20, 1)),
+        (Case((0, 50, 9), window=20), (45, 30, 1)),
+        (Case((0, 50), window=3), (20, 18)),
+        (Case((5, 33), softcap=2.0), (20, 1)),
+        (Case((5, 0), sinks=True), (20, 1)),
+        (Case((50, 0), window=40, softcap=2.0, sinks=True), (20, 20)),
+        (Case((5, 33), dtype=torch.float16), (20, 1)),
+    ],
+    ids=str,
+)
+def test_tiles_of_prompts(case: Case, counts: tuple[int, ...]) -> None:
+    prefilled(case, counts)
