@@ -176,7 +176,10 @@ class Plain(nn.Module):
         self.register_buffer(name, tensor, persistent=False)  # buffers keep their address, which CUDA graphs rely on
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits [B, V] after the last of ids [B, T] at positions [T], which the cache then holds."""
+        """Logits [B, V] after the last of ids [B, T] at positions [T], which the cache then holds.
+
+        Several tokens are a prompt: positions 0..T-1, and attention over themselves. One token looks at the cache.
+        """
         x = F.embedding(ids, self.embedding)
         cos, sin = self.cos[positions], self.sin[positions]
         mask = torch.arange(self.length, device=ids.device) <= positions[:, None]
@@ -186,13 +189,17 @@ class Plain(nn.Module):
             keys, values = getattr(self, f"k_cache_{i}"), getattr(self, f"v_cache_{i}")
             keys.index_copy_(2, positions, k)
             values.index_copy_(2, positions, v)
-            x = finish(w, x, self._attend(q, keys, values, mask, positions), self.w.eps)
+            if ids.shape[1] > 1:
+                attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            else:
+                attended = self._attend(q, keys, values, mask, positions)
+            x = finish(w, x, attended, self.w.eps)
         return F.linear(rms_norm(x[:, -1], self.norm, self.w.eps), self.head)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        if self.attention == "flex" and q.shape[2] == 1:
+        if self.attention == "flex":
             return _flex(q, k, v, positions)
-        if self.attention == "grouped" and q.shape[2] == 1:
+        if self.attention == "grouped":
             return _grouped(q, k, v, mask)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 

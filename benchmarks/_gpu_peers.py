@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from _gpu_models import Plain, Weights
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+OURS = "llmopt"
 SPARE = 64  # positions a static cache has beyond the prompt
 
 
@@ -28,6 +29,7 @@ class Case:
     weights: Weights
     ids: Tensor
     compiled: bool = True  # False: nothing goes through torch.compile (for tests)
+    kept: dict[str, Any] = field(default_factory=dict)  # what all cases of a model share
 
     @property
     def batch(self) -> int:
@@ -132,9 +134,7 @@ class PlainInductor:
         self.note = f"plain module, static cache of {length}, attention {attention}, torch.compile(mode={mode!r})"
         self.ids = case.ids
         self.plain = Plain(case.weights, case.batch, length, attention)
-        prompt = torch.arange(case.context, device=case.ids.device)
-        for row in range(case.batch):  # one at a time: scores of a masked prompt take memory
-            _prefill_row(self.plain, case.ids[row : row + 1, :-1], prompt, row)
+        self.plain(case.ids[:, :-1], torch.arange(case.context, device=case.ids.device))
         module = _PlainStep(self.plain)
         self.run = compiled(module, mode) if case.compiled else module
 
@@ -149,22 +149,11 @@ class PlainInductor:
         return self.run()  # type: ignore[no-any-return]
 
 
-def _prefill_row(plain: Plain, ids: Tensor, positions: Tensor, row: int) -> None:
-    """Run a prompt [1, T] through views of one row of the caches."""
-    names = [f"{kind}_cache_{i}" for i in range(len(plain.w.layers)) for kind in ("k", "v")]
-    whole = {name: getattr(plain, name) for name in names}
-    for name, cache in whole.items():
-        setattr(plain, name, cache[row : row + 1])
-    plain(ids, positions)
-    for name, cache in whole.items():
-        setattr(plain, name, cache)
-
-
-def compiled(module: nn.Module, mode: str) -> Callable[[], Tensor]:
+def compiled(module: nn.Module, mode: str) -> Callable[..., Any]:
     """One graph or an error; CUDA graphs where the mode brings them."""
 
-    def run() -> Tensor:
-        return module()  # type: ignore[no-any-return]
+    def run(*args: Tensor) -> Any:
+        return module(*args)
 
     # Dynamo keeps its graphs by code object: with one of its own, a peer's guards are not checked before another's
     code = run.__code__.replace(co_name=f"run_{id(module)}")
@@ -172,24 +161,38 @@ def compiled(module: nn.Module, mode: str) -> Callable[[], Tensor]:
     return torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
 
 
+def ours(case: Case) -> Any:
+    """The case's model compiled by llmopt for the machine it is on; once for all cases of a model."""
+    import llmopt
+
+    if OURS not in case.kept:
+        weight = case.model.lm_head.weight
+        name = str(weight.dtype).removeprefix("torch.")
+        case.kept[OURS] = llmopt.compile(case.model, target=weight.device.type, dtype=name)
+    return case.kept[OURS]
+
+
+def rows_for(model: Any, case: Case, length: int) -> list[int]:
+    """Rows of llmopt's cache with room for `length` tokens, one a sequence; those of the last case are freed."""
+    for row in case.kept.pop("rows", []):
+        model.cache.release(row)
+    rows = case.kept["rows"] = [model.cache.open() for _ in range(case.batch)]
+    for row in rows:
+        model.cache.reserve(row, length)
+    return rows
+
+
 class Llmopt:
     """llmopt: compiled for the machine, its paged cache, greedy."""
 
     def __init__(self, case: Case) -> None:
-        import llmopt
-
-        weight = case.model.lm_head.weight
-        self.model: Any = llmopt.compile(
-            case.model, target=weight.device.type, dtype=str(weight.dtype).removeprefix("torch.")
-        )
-        self.decoder: Any = getattr(self.model, "decoder", None)
-        how = "no decoding graphs" if self.decoder is None else "decoding graphs"
+        self.model = ours(case)
+        self.decoder: Any = self.model.session.decoder
+        how = "the step and argmax" if self.decoder is None else "decoding graphs"
         self.note = f"llmopt, recipe {self.model.recipe.name}, target {self.model.target.name}, paged cache, {how}"
         self.ids, self.device = case.ids, self.model.cache.device
         cache, end = self.model.cache, case.context + SPARE
-        self.rows = [cache.open() for _ in range(case.batch)]
-        for row in self.rows:
-            cache.reserve(row, end)
+        self.rows = rows_for(self.model, case, end)
         for row, ids in zip(self.rows, case.ids, strict=True):
             self._read(row, ids[:-1])
         at = [cache.slots(row, case.context, end) for row in self.rows]
@@ -247,7 +250,6 @@ class Llmopt:
         return logits
 
 
-OURS = "llmopt"
 PEERS: dict[str, Callable[[Case], Peer]] = {
     "hf-eager": Eager,
     "hf-reduce-overhead": functools.partial(HfStatic, mode="reduce-overhead"),

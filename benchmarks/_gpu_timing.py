@@ -5,6 +5,7 @@ On a CPU the same code runs with the wall clock and counts nothing, for tests.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import tempfile
@@ -46,8 +47,7 @@ class Clock:
 
     def between(self, marks: Sequence[Any]) -> list[float]:
         """Milliseconds from mark to mark; call `wait` first."""
-        pairs = zip(marks, marks[1:], strict=False)
-        return [a.elapsed_time(b) if self.cuda else 1e3 * (b - a) for a, b in pairs]
+        return [a.elapsed_time(b) if self.cuda else 1e3 * (b - a) for a, b in itertools.pairwise(marks)]
 
     def wait(self) -> None:
         """Until the device is done."""
