@@ -5,7 +5,7 @@
     graphs/NAME.py, NAME.json  each graph, to read and to load
     weights-00001.safetensors  the weights the graphs use; equal ones are stored once
     tokenizer/                 the model's tokenizer files, if it has any
-    code/                      compiled regions (source and libraries) and the kernel library they call
+    code/                      compiled regions: source and libraries with the kernel library they call, or cubins
 
 Every file is checked against its size and sha256 before anything is used, which takes about 0.8 s per GB and core;
 files are checked side by side. Hashes find damage, not malice: graphs are read as data and call nothing outside the
@@ -31,6 +31,7 @@ from llmopt.compiler.program import ModelFacts, Program, StateSpec
 from llmopt.compiler.recipe import Recipe
 from llmopt.compiler.target import Target
 from llmopt.runtime import native
+from llmopt.runtime.gpu_code import GpuCode
 from llmopt.runtime.loader import Regions
 from llmopt.runtime.replace import Folder, replacing, settle
 from llmopt.runtime.report import Report
@@ -51,7 +52,7 @@ class Parts(NamedTuple):
     recipe: Recipe
     target: Target
     report: Report
-    regions: Regions
+    regions: Regions | GpuCode
 
 
 def save(parts: Parts, path: Path, weights: Mapping[str, Tensor], version: str) -> Path:
@@ -108,7 +109,7 @@ def _write(folder: Folder, parts: Parts, weights: Mapping[str, Tensor], version:
         "properties": sorted(program.properties),
         "choices": program.choices,
         "graphs": list(program.graphs),
-        "code": native.write(folder, program, parts.regions.compiled),
+        "code": native.write(folder, program, parts.regions),
         "weights": _write_weights(folder, program, weights),
         "files": folder.files,
     }
@@ -198,10 +199,7 @@ def _check_listed(path: Path, manifest: Mapping[str, Any]) -> None:
     code, tokenizer = manifest["code"], manifest["model"]["tokenizer"]
     used = {"recipe.json", "report.json", *(f"graphs/{name}.json" for name in manifest["graphs"])}
     used |= {file for file, _, _ in manifest["weights"].values()}
-    used |= {f"code/{code['kernels']}"} if code.get("kernels") else set()
-    for region in code.get("regions", {}).values():
-        used |= {region["source"], *region["libraries"].values()}
-    unlisted = sorted(used - manifest["files"].keys())
+    unlisted = sorted((used | native.files(code)) - manifest["files"].keys())
     if tokenizer not in (None, "tokenizer"):
         unlisted.append(tokenizer)
     if unlisted:
@@ -261,10 +259,7 @@ def _read(path: Path, manifest: Mapping[str, Any], target: Target) -> Parts:
         for name in graph.weights():
             if name not in program.weights:
                 raise ArtifactError(f"{path}: graph {graph.name} reads weight {name!r}, which is missing; {_AGAIN}")
-    regions = Regions(program, native.read(path, manifest["code"]))
-    for name in {str(n.target) for n in program.graph("step").fx.nodes if n.op == "call_module"}:
-        for key in {regions.key(name, (single, single)) for single in (True, False)} - regions.compiled.keys():
-            raise ArtifactError(f"{path}: the code of region {key!r} is missing; {_AGAIN}")
+    regions = native.read(path, manifest["code"], program, target)
     recipe = Recipe.from_dict(_json(path / "recipe.json"), str(path / "recipe.json"))
     return Parts(program, recipe, target, Report.from_dict(_json(path / "report.json")), regions)
 

@@ -6,9 +6,9 @@ import hashlib
 import platform
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,7 +17,12 @@ from llmopt.codegen.regions import CompiledRegion
 from llmopt.compiler.errors import ArtifactError, TargetError
 from llmopt.compiler.program import Program
 from llmopt.compiler.target import Target
+from llmopt.runtime import cubins
+from llmopt.runtime.gpu_code import GpuCode
+from llmopt.runtime.loader import Regions
 from llmopt.runtime.replace import Folder
+
+Code = TypeVar("Code", Regions, GpuCode)
 
 # flags of /proc/cpuinfo that a compiler told to build for this very CPU makes use of
 _INSTRUCTIONS = re.compile(
@@ -25,14 +30,16 @@ _INSTRUCTIONS = re.compile(
 )
 
 
-def write(folder: Folder, program: Program, compiled: Mapping[str, CompiledRegion]) -> dict[str, Any]:
+def write(folder: Folder, program: Program, code: Regions | GpuCode) -> dict[str, Any]:
     """Write code/ and return its index: the files of each region, and what they need; empty if nothing is compiled."""
+    if isinstance(code, GpuCode):
+        return {"gpu": cubins.write_code(folder, code)}
     providers = {n.meta.get("provider") for g in program.graphs.values() for n in g.calls()}
     kernels = cpp.load_library() if "cpp" in providers else None
     if kernels is not None:
         folder.add(f"code/{kernels.name}", kernels.read_bytes())
     regions = {}
-    for number, (key, region) in enumerate(sorted(compiled.items())):
+    for number, (key, region) in enumerate(sorted(code.compiled.items())):
         libraries = {name: f"code/{_short(data)}.so" for name, data in region.libraries.items()}
         for name, file in libraries.items():
             if file not in folder.files:
@@ -43,12 +50,37 @@ def write(folder: Folder, program: Program, compiled: Mapping[str, CompiledRegio
     return {"kernels": kernels and kernels.name, "regions": regions, "needs": _machine()}
 
 
-def read(path: Path, code: Mapping[str, Any]) -> dict[str, CompiledRegion]:
-    """The regions by key; the kernel library goes to the cache, unless one for this machine is there, and is loaded."""
+def read(path: Path, code: Mapping[str, Any], program: Program, target: Target) -> Regions | GpuCode:
+    """The code of a program; the kernel library goes to the cache, unless one for here is there, and is loaded.
+
+    Raises ArtifactError: the code of a region is missing.
+    """
+    if "gpu" in code:
+        found = cubins.read_code(path, code["gpu"], program, target)
+        missing = [f"{name}@{shape}" for name, shape in found.keys() if (name, shape) not in found.codes]  # noqa: SIM118
+        return _whole(path, found, missing)
     if code.get("kernels"):
         cpp.install_library(code["kernels"], (path / "code" / code["kernels"]).read_bytes())
         cpp.load_library()
-    return {key: _region(path, entry) for key, entry in code.get("regions", {}).items()}
+    regions = Regions(program, {key: _region(path, entry) for key, entry in code.get("regions", {}).items()})
+    wanted = {regions.key(name, (single, single)) for name in regions.names() for single in (True, False)}
+    return _whole(path, regions, sorted(wanted - regions.compiled.keys()))
+
+
+def files(code: Mapping[str, Any]) -> set[str]:
+    """Every file that `read` reads."""
+    gpu = code.get("gpu")
+    used = {gpu["cubins"], gpu["regions"], *gpu["files"]} if gpu else set()
+    used |= {f"code/{code['kernels']}"} if code.get("kernels") else set()
+    for region in code.get("regions", {}).values():
+        used |= {region["source"], *region["libraries"].values()}
+    return used
+
+
+def _whole(path: Path, code: Code, missing: Sequence[str]) -> Code:
+    if missing:
+        raise ArtifactError(f"{path}: the code of region {missing[0]!r} is missing; save the artifact again")
+    return code
 
 
 def _machine() -> dict[str, Any]:
