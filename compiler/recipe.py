@@ -334,7 +334,7 @@ def _ordinal(index: int) -> str:
     return f"{n}{ending}"
 
 
-_STANDARD = tuple(map(PassSpec, ("raise-aten", "canonicalize", "insert-kv-cache", "lower")))
+_STANDARD = tuple(map(PassSpec, ("raise-aten", "canonicalize", "insert-kv-cache", "fuse", "lower")))
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe

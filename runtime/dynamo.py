@@ -29,7 +29,7 @@ from llmopt.passes import PASSES
 from llmopt.passes.lower import choose
 
 STRUCTURAL = ("raise-aten", "canonicalize")
-NOT_HERE = ("insert-kv-cache", "lower")  # of a whole model with a cache of llmopt's own
+NOT_HERE = ("insert-kv-cache", "fuse", "lower")  # of a whole model with a cache of llmopt's own
 MANY_ROWS = 16  # from here on a product is bound by arithmetic, and is left to Inductor
 
 

@@ -36,7 +36,7 @@ def test_own_rule():
 
 def test_demo():
     said = run("demo.py", "--recipe", "reference", "--new-tokens", "8", "--rounds", "1", "--no-memory")
-    for name in ("raise-aten", "canonicalize", "insert-kv-cache", "lower"):
+    for name in ("raise-aten", "canonicalize", "insert-kv-cache", "fuse", "lower"):
         assert name in said
     assert "class Config:" in said
     (same,) = [line for line in said.splitlines() if "same tokens" in line]

@@ -114,6 +114,7 @@ def test_nothing_is_wrong(program: Program, context: Context):
         "canonicalize",
         "open-gated",
         "insert-kv-cache",
+        "fuse",
         "lower",
     ]
     assert all(errors.within(found.limit) for _, errors in found.passes)

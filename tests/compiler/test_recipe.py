@@ -156,6 +156,7 @@ def test_parse_composes_names_and_files(tmp_path: Path):
         "raise-aten",
         "canonicalize",
         "insert-kv-cache",
+        "fuse",
         "quantize",
         "lower",
     ]
@@ -258,7 +259,7 @@ def test_the_json_form_is_the_documented_one():
         "version": 1,
         "name": "default",
         "passes": [
-            {"name": name, "options": {}} for name in ("raise-aten", "canonicalize", "insert-kv-cache", "lower")
+            {"name": name, "options": {}} for name in ("raise-aten", "canonicalize", "insert-kv-cache", "fuse", "lower")
         ],
         "providers": ["triton", "cpp", "inductor", "reference"],
         "dims": {"tokens": [1, 8192], "sequences": [1, 256]},
