@@ -5,7 +5,8 @@
     return logits, k_0, v_0, ...                           return logits
 
 Providers are tried in the recipe's order: `needs` against the target's facts, `supports` against the node's fake
-arguments. An op without a provider is an error; the choice and the reasons against the others are in the report.
+arguments; `triton` takes what `fuse` has put into a kernel. An op without a provider is an error; the choice and the
+reasons against the others are in the report.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from torch import fx
 from llmopt.compiler import knobs
 from llmopt.compiler.errors import ProviderError, VerifyError
 from llmopt.compiler.graph import Graph, origin, target_name, where
-from llmopt.compiler.op import op_of
+from llmopt.compiler.op import Op, op_of
 from llmopt.compiler.pipeline import Context, Pass, PassStats
 from llmopt.compiler.program import Program
-from llmopt.passes.outline import outline
+from llmopt.passes.outline import outline, outline_kernels
+from llmopt.passes.partition import reason_against
 
 STATE_OPS = ("kv_write",)
 
@@ -47,9 +49,10 @@ class Lower(Pass):
                 stats.record(node.meta["provider"], node.name, origin(node).source)
         write_in_place(step, program)
         program.choices = {"providers": chosen(step), "against": dict(reasons), "allowed": tuple(allowed)}
-        if "inductor" in allowed and "cpp" in context.target.facts:
-            regions = outline(step, {spec.name for spec in program.state})
-            program.graphs.update(regions)
+        fused = any("kernel" in node.meta for node in step.calls())
+        if fused or ("inductor" in allowed and "cpp" in context.target.facts):
+            names = {spec.name for spec in program.state}
+            program.graphs.update(outline_kernels(step) if fused else outline(step, names))
             calls = Counter(str(n.target) for n in step.fx.nodes if n.op == "call_module")
             stats.notes.append("regions: " + ", ".join(f"{name} x{count}" for name, count in calls.items()))
         return stats
@@ -59,24 +62,33 @@ def choose(node: fx.Node, allowed: tuple[str, ...], context: Context, reasons: C
     """The first allowed provider that fits. Raises ProviderError with the reasons when none does."""
     op = op_of(node.target)
     assert op is not None
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     tried = []
     for name in allowed:
-        if name == "inductor" and "cpp" in context.target.facts and op.traceable:
-            return name
-        provider = op.providers.get(name)
-        if provider is None:
-            continue
-        missing = provider.needs - context.target.facts
-        why = f"target lacks {', '.join(sorted(missing))}" if missing else provider.supports(*args, **kwargs)
+        why = _why_not(name, node, op, context)
         if why is None:
             return name
-        tried.append(f"{name}: {why}")
-        reasons[f"{op.name} not by {name}: {why}"] += 1
+        if why:
+            tried.append(f"{name}: {why}")
+            reasons[f"{op.name} not by {name}: {why}"] += 1
     raise ProviderError(
         f"{where(node)}: no provider of {op.name} among {', '.join(allowed)} fits target {context.target.name} "
         f"({'; '.join(tried) or 'none is registered'}); add 'reference' to the recipe's providers"
     )
+
+
+def _why_not(name: str, node: fx.Node, op: Op, context: Context) -> str | None:
+    """None if the provider can take the node, else the reason, which is empty if there is no such provider."""
+    facts = context.target.facts
+    if name == "inductor" and "cpp" in facts and op.traceable:
+        return None
+    if name == "triton" and "triton" in facts and "kernel" in node.meta:
+        return reason_against(node)
+    provider = op.providers.get(name)
+    if provider is None:
+        return ""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    missing = provider.needs - facts
+    return f"target lacks {', '.join(sorted(missing))}" if missing else provider.supports(*args, **kwargs)
 
 
 def chosen(step: Graph) -> dict[str, int]:

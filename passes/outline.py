@@ -1,8 +1,9 @@
 """Outlining: cut a step into regions, one graph for each distinct one, so that equal layers are lowered once.
 
-Cuts are made where a single value of the hidden state is alive (the residual stream between blocks). Equal pieces are
-found by their structure, not by module names, and pieces that always follow each other (attention block, MLP block)
-are joined, so a decoder becomes `positions, embed, layer, layer, ..., layer, index_select, head`.
+`outline_kernels` cuts where `fuse` says, one region a kernel. Without that, `outline` makes cuts where a single value
+of the hidden state is alive (the residual stream between blocks), and pieces that always follow each other (attention
+block, MLP block) are joined: a decoder becomes `positions, embed, layer, layer, ..., layer, index_select, head`. Equal
+pieces are found by their structure, not by module names.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from llmopt.compiler.graph import Graph, target_name, type_of
+from llmopt.passes.partition import is_row_choice, is_view, reason_against
 
 
 @dataclass
@@ -76,17 +78,40 @@ def outline(graph: Graph, state: Collection[str]) -> dict[str, Graph]:
     fixed, pieces = _cut(graph, state)
     regions = _join(pieces)
     counts = Counter(r.signature for r in regions)
-    names: dict[Hashable, str] = {}
-    found: dict[str, Graph] = {}
-    for at, region in enumerate(regions):
-        if not _is_barrier(region.nodes[0]) and region.signature not in names:
-            label = _label(counts[region.signature], at, len(regions))
-            names[region.signature] = name = _unused(label, found)
-            found[name] = _graph_of(region, name, graph)
+    labels = [_label(counts[r.signature], at, len(regions)) for at, r in enumerate(regions)]
+    labelled = [(r, label) for r, label in zip(regions, labels, strict=True) if not is_row_choice(r.nodes[0])]
     if fixed.nodes:
         regions = [fixed, *regions]
-        names[fixed.signature] = "positions"
-        found["positions"] = _graph_of(fixed, "positions", graph)
+        labelled.append((fixed, "positions"))
+    return _put(graph, regions, labelled)
+
+
+def outline_kernels(graph: Graph) -> dict[str, Graph]:
+    """As `outline`, along `meta["kernel"]`: `gemm`, `attention`, `rows`, or the name of an op that torch runs."""
+    members: dict[int, list[fx.Node]] = {}
+    for node in graph.calls():
+        if "kernel" in node.meta:
+            members.setdefault(node.meta["kernel"], []).append(node)
+    regions = [Region(members[number]).close() for number in sorted(members)]
+    return _put(graph, regions, [(r, _kernel_label(r)) for r in regions])
+
+
+def _kernel_label(region: Region) -> str:
+    names = [target_name(n).removeprefix("aten.") for n in region.nodes]
+    if "attend" in names or "linear" in names:
+        return "attention" if "attend" in names else "gemm"
+    lone = [n for n in region.nodes if reason_against(n) is not None and not is_view(n)]
+    return names[region.nodes.index(lone[0])] if lone else "rows"
+
+
+def _put(graph: Graph, regions: Sequence[Region], labelled: Sequence[tuple[Region, str]]) -> dict[str, Graph]:
+    """Replace the regions that have a label by calls, one name for those that compute the same."""
+    names: dict[Hashable, str] = {}
+    found: dict[str, Graph] = {}
+    for region, label in labelled:
+        if region.signature not in names:
+            names[region.signature] = name = _unused(label, found)
+            found[name] = _graph_of(region, name, graph)
     graph.fx = _calls(graph, regions, names)
     return found
 
@@ -101,12 +126,6 @@ def _unused(label: str, taken: dict[str, Graph]) -> str:
     if label not in taken:
         return label
     return next(f"{label}_{i}" for i in range(1, len(taken) + 2) if f"{label}_{i}" not in taken)
-
-
-def _is_barrier(node: fx.Node) -> bool:
-    """Row selection stands alone: behind it another number of rows counts."""
-    rows = node.args[2] if target_name(node) == "aten.index_select" else None
-    return isinstance(rows, fx.Node) and rows.op == "placeholder"
 
 
 def _cut(graph: Graph, state: Collection[str]) -> tuple[Region, list[Region]]:
@@ -132,7 +151,7 @@ def _pieces(order: list[fx.Node]) -> list[list[fx.Node]]:
     pieces: list[list[fx.Node]] = [[]]
     alive: set[fx.Node] = set()
     for i, node in enumerate(order):
-        if _is_barrier(node) and pieces[-1]:
+        if is_row_choice(node) and pieces[-1]:  # behind it another number of rows counts
             pieces.append([])
         pieces[-1].append(node)
         alive = {n for n in (*alive, node) if last[n] > i}
@@ -146,7 +165,7 @@ def _without_slivers(pieces: list[list[fx.Node]]) -> list[list[fx.Node]]:
     merged: list[list[fx.Node]] = []
     pending: list[fx.Node] = []
     for piece in pieces:
-        if _is_barrier(piece[0]):
+        if is_row_choice(piece[0]):
             merged += [pending, piece] if pending else [piece]
             pending = []
         elif _calls_any(piece, ("linear", "attend", "aten.embedding")):
@@ -186,7 +205,7 @@ def _join(pieces: Sequence[Region]) -> list[Region]:
 def _best_pair(regions: Sequence[Region], names: Sequence[Hashable]) -> tuple[Hashable, Hashable] | None:
     counts = Counter(names)
     pairs = Counter(pairwise(names))
-    barriers = {n for n, r in zip(names, regions, strict=True) if _is_barrier(r.nodes[0])}
+    barriers = {n for n, r in zip(names, regions, strict=True) if is_row_choice(r.nodes[0])}
     for (a, b), count in pairs.items():
         always = count == counts[a]  # a is never followed by anything else
         if a != b and not {a, b} & barriers and always and (count > 1 or counts[b] == 1):
@@ -217,7 +236,7 @@ def _calls(graph: Graph, regions: Sequence[Region], names: Mapping[Hashable, str
         if node.op in ("placeholder", "get_attr") or sized:
             env[node] = new.node_copy(node, lambda n: env[n])
     for region in regions:
-        if _is_barrier(region.nodes[0]):
+        if region.signature not in names:  # a lone op that stays one
             env[region.nodes[0]] = new.node_copy(region.nodes[0], lambda n: env[n])
             continue
         call = new.create_node("call_module", names[region.signature], tuple(env[n] for n in region.inputs))
