@@ -99,7 +99,8 @@ class GpuStep:
 
     def _run(self, shape: str) -> Callable[..., Any]:
         if shape not in self._runs:
-            self.code.prepare(shape)
+            if self.device.type == "cuda":
+                self.code.prepare(shape)
             self._runs[shape] = self._plan(shape).compile()
         return self._runs[shape]
 
