@@ -210,9 +210,15 @@ def _head_hook(label: str, operands: Operands, node: fx.Node, stored: Collection
     shape = sizes_of(node.meta["val"])
     if len(shape) != 4 or token_axis(node) != 2:
         raise EmitError(f"{where(node)}: has shape {list(node.meta['val'].shape)}; wanted [1, heads, tokens, channels]")
-    n, h, d = variable("n", None), variable("h", shape[1][0]), variable("d", shape[3][0])
-    variables = {"n": Variable(n), "h": Variable(h, heads), "d": Variable(d, f"d < {shape[3][0]}")}
-    printer = _printer(operands, variables, stored, Lane("d", shape[3][0]))
+    size = shape[3][0]
+    n, h, d = variable("n", None), variable("h", shape[1][0]), variable("d", size)
+    is_whole = size >= 16 and size & (size - 1) == 0  # then the tile is as wide as a head
+    variables = {
+        "n": Variable(n),
+        "h": Variable(h, heads),
+        "d": Variable(d, "" if heads and is_whole else f"d < {size}"),
+    }
+    printer = _printer(operands, variables, stored, Lane("d", size))
     value = printer.value(node, (ZERO, h if shape[1][0] > 1 else ZERO, n, d))
     return _masked(printer, label, ("n", "h", "d", "ok"), value)
 

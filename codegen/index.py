@@ -207,10 +207,10 @@ def _text(shape: Sequence[Factors]) -> str:
     return "[" + ", ".join("*".join([str(f), *names]) for f, names in shape) + "]"
 
 
-def offset(coords: Sequence[Index], shape: Sequence[Factors], tokens: str = "N") -> tuple[str, frozenset[str]]:
+def offset(coords: Sequence[Index], shape: Sequence[Factors], tokens: str | None) -> tuple[str, frozenset[str]]:
     """The text of a contiguous tensor's offset at these coordinates, and what it depends on.
 
-    The one symbolic size among the inner axes is called `tokens`.
+    The one symbolic size among the inner axes is called `tokens`. Raises EmitError if it is needed and None.
     """
     plain, scaled = ZERO, ZERO
     stride: Factors = (1, ())
@@ -226,4 +226,6 @@ def offset(coords: Sequence[Index], shape: Sequence[Factors], tokens: str = "N")
     depends = plain.depends | scaled.depends
     if scaled == ZERO:
         return str(plain), depends
+    if tokens is None:
+        raise EmitError(f"a tensor {_text(shape)} has the tokens as an inner axis, and their number is not at hand")
     return f"({scaled}) * {tokens} + {plain}", depends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -95,7 +96,8 @@ class Printer:
     """Prints values of nodes at coordinates as statements `v0 = ...`, in fp32.
 
     `table` says how each op is printed; `stored` nodes are loaded; `given` ones are handed in as functions of their
-    coordinates; `lane` is what reductions run over, None where there can be none.
+    coordinates; `lane` is what reductions run over, None where there can be none; `tokens` is the name of the number
+    of tokens, if the function is told it.
     """
 
     table: Mapping[str, Print]
@@ -104,6 +106,7 @@ class Printer:
     stored: Collection[fx.Node] = ()
     given: Mapping[fx.Node, Given] = field(default_factory=dict)
     lane: Lane | None = None
+    tokens: str | None = None
     lines: list[str] = field(default_factory=list)
     helpers: set[str] = field(default_factory=set)
     _values: dict[Any, Value] = field(default_factory=dict)
@@ -124,11 +127,14 @@ class Printer:
         name = op_name(node)
         if name not in self.table:
             raise EmitError(f"{where(node)}: {name} is none of the ops that can be printed")
-        count = len(self.lines)
         result = self.table[name](self, node, coords)
-        if len(self.lines) > count and self.lines[-1].startswith(f"{result.text} = ") and "#" not in self.lines[-1]:
-            self.lines[-1] += f"  # {name}: {kind_of(node)}"
+        self._comment(result, f"{name} {described(node)}")
         return result
+
+    def _comment(self, value: Value, text: str) -> None:
+        """Behind the last line, if that is the one that made the value and nothing was said of it before."""
+        if self.lines and self.lines[-1].startswith(f"{value.text} = ") and "  # " not in self.lines[-1]:
+            self.lines[-1] += f"  # {text}"
 
     def assign(self, text: str, kind: Kind, *sources: Value, depends: frozenset[str] = frozenset()) -> Value:
         """A statement for `text`, or the name of an earlier one with the same text."""
@@ -146,7 +152,7 @@ class Printer:
     def load(self, node: fx.Node, coords: tuple[Index, ...]) -> Value:
         """The element of a tensor in memory; 0 where a mask or a guard says that it lies outside."""
         shape = sizes_of(node.meta["val"])
-        text, depends = offset(coords, shape)
+        text, depends = offset(coords, shape, self.tokens)
         pointer = self.operands.name(node)
         mask = self.mask(depends)
         # where only the template's own `ok` is known, the address gets that mask's shape
@@ -157,7 +163,9 @@ class Printer:
         loaded = f"tl.load({at}, mask={mask}, other=0)" if mask else f"tl.load({at})"
         if kind == "float" and node.meta["val"].dtype != torch.float32:
             loaded += ".to(tl.float32)"
-        return self.assign(loaded, kind, depends=depends)
+        result = self.assign(loaded, kind, depends=depends)
+        self._comment(result, f"of {described(node)}")
+        return result
 
     def mask(self, depends: frozenset[str]) -> str:
         """What must hold for an address that varies with these variables to be inside its tensor."""
@@ -235,6 +243,11 @@ def kind_of(node: fx.Node) -> Kind:
     """What the node's elements are."""
     dtype: torch.dtype = node.meta["val"].dtype
     return "float" if dtype.is_floating_point else "bool" if dtype == torch.bool else "int"
+
+
+def described(node: fx.Node) -> str:
+    """The type of a node's value, `bf16[1, N, 64]`, in the kernels' own name of the number of tokens."""
+    return re.sub(r"\b[su]\d+\b", "N", type_of(node.meta["val"]))
 
 
 def literal(number_: Any, node: fx.Node) -> Value:

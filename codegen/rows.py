@@ -48,12 +48,17 @@ class _Kernel:
 
 
 def rows_calls(
-    outputs: Mapping[fx.Node, str], stored: Mapping[fx.Node, str], tokens: Size = "N", pdl: bool = False
+    outputs: Mapping[fx.Node, str],
+    stored: Mapping[fx.Node, str],
+    tokens: Size = "N",
+    pdl: bool = False,
+    by_token: Collection[fx.Node] = (),
 ) -> list[Call]:
     """The calls that compute `outputs` from `stored`: one kernel for all outputs that can share rows.
 
     `outputs`: node -> the argument it is written to (`out0`, `tmp1`), contiguous in its fx shape. A `kv_write` node
     may be an output: then its value is scattered into the pages, and the argument is that of the pages (`in5`).
+    Those in `by_token` are written token by token: q [1, Hq, N, D] as [N, Hq, D].
     `stored`: node -> argument (`in0`, `tmp0`) of what lies in memory; the walk from the outputs stops there.
     `tokens` is the size behind the one symbolic axis of the nodes ("N", or "R" behind the selection of rows).
     Raises EmitError with the reason if a node cannot be printed.
@@ -68,7 +73,7 @@ def rows_calls(
         else:
             kernels.append(shape)
             shape.outputs.append(node)
-    return [_call(kernel, outputs, stored, tokens, pdl) for kernel in kernels]
+    return [_call(kernel, outputs, stored, tokens, pdl, by_token) for kernel in kernels]
 
 
 def written(output: fx.Node) -> fx.Node:
@@ -113,10 +118,18 @@ def _shape_of(output: fx.Node, stored: Collection[fx.Node]) -> _Kernel:
     (length,) = lengths
     if length > LONGEST_ROW:
         raise EmitError(f"{where(output)}: reduces {length} elements; wanted {LONGEST_ROW} at most")
-    last = sizes_of(node.meta["val"])[-1]
-    if size % length == 0 and not last[1] and last[0] > 1:
-        return _Kernel(size // length, length, reduces=True)
+    whole = _Kernel(size // length, length, reduces=True, outputs=[output])
+    if size % length == 0 and _prints(whole, stored):
+        return _Kernel(whole.rows, length, reduces=True)
     return _Kernel(size, length, reduces=True)  # a reduction's result: its rows have one element
+
+
+def _prints(kernel: _Kernel, stored: Collection[fx.Node]) -> bool:
+    try:
+        _body(kernel, Operands(INPUTS), stored)
+    except EmitError:
+        return False
+    return True
 
 
 def _joins(shape: _Kernel, kernel: _Kernel) -> bool:
@@ -126,10 +139,15 @@ def _joins(shape: _Kernel, kernel: _Kernel) -> bool:
 
 
 def _call(
-    kernel: _Kernel, outputs: Mapping[fx.Node, str], stored: Mapping[fx.Node, str], tokens: Size, pdl: bool
+    kernel: _Kernel,
+    outputs: Mapping[fx.Node, str],
+    stored: Mapping[fx.Node, str],
+    tokens: Size,
+    pdl: bool,
+    by_token: Collection[fx.Node],
 ) -> Call:
     operands = Operands(INPUTS)
-    body = _body(kernel, operands, stored)
+    body = _body(kernel, operands, stored, by_token)
     targets = [o.args[0] if op_name(o) == "kv_write" else o for o in kernel.outputs]
     types = [(f"o{i}", TYPES[t.meta["val"].dtype]) for i, t in enumerate(targets)]  # type: ignore[union-attr]
     rows, block = kernel.tile_rows, kernel.block
@@ -161,22 +179,24 @@ def _argument(node: fx.Node, stored: Mapping[fx.Node, str]) -> str:
     return stored[node]
 
 
-def _body(kernel: _Kernel, operands: Operands, stored: Collection[fx.Node]) -> Hook:
+def _body(kernel: _Kernel, operands: Operands, stored: Collection[fx.Node], by_token: Collection[fx.Node] = ()) -> Hook:
     width = kernel.width
     r, c = variable("r", None), variable("c", width)
     masked = width % kernel.block != 0
     variables = {"r": Variable(r, "rows_ok"), "c": Variable(c, f"c < {width}" if masked else "")}
     lane = Lane("c", width) if kernel.reduces else None
-    printer = Printer(PRINTERS, operands, variables, stored, lane=lane)
+    printer = Printer(PRINTERS, operands, variables, stored, lane=lane, tokens="N")
     printer.lines = [f"ok = rows_ok & (c < {width})" if masked else "ok = rows_ok"]
     token, row = split(r, kernel.rows)
     for at, output in enumerate(kernel.outputs):
-        _store(printer, kernel, output, f"o{at}", token, row)
+        _store(printer, kernel, output, f"o{at}", token, row, output in by_token)
     parameters = ("r", "c", "rows_ok", "N", *operands.names(), *(f"o{i}" for i in range(OUTPUTS)))
     return hook_of("rows", parameters, printer.lines, printer.helpers)
 
 
-def _store(printer: Printer, kernel: _Kernel, output: fx.Node, pointer: str, token: Index, row: Index) -> None:
+def _store(
+    printer: Printer, kernel: _Kernel, output: fx.Node, pointer: str, token: Index, row: Index, by_token: bool
+) -> None:
     node = written(output)
     size = kernel.width
     single = kernel.reduces and per_token(node) != kernel.rows * size
@@ -185,8 +205,10 @@ def _store(printer: Printer, kernel: _Kernel, output: fx.Node, pointer: str, tok
     value = printer.value(node, coords)
     if op_name(output) == "kv_write":
         text = _slot(printer, output, coords)
+    elif by_token:
+        text = str(token * per_token(node) + element)
     else:
-        text, _ = offset(coords, sizes_of(node.meta["val"]))
+        text, _ = offset(coords, sizes_of(node.meta["val"]), "N")
     # a store takes the shape of its address; one element a row is stored by one lane
     mask, text = ("ok & (c == 0)", f"{text} + c * 0") if single else ("ok", text)
     printer.lines.append(f"tl.store({pointer} + {closed(text)}, {value.text}, mask={mask})")
@@ -201,5 +223,5 @@ def _slot(printer: Printer, output: fx.Node, coords: tuple[Index, ...]) -> str:
     _, head, token, channel = coords
     slot = printer.value(slots, (token,))
     page, place = split(opaque(slot.text, None, slot.depends), size)
-    text, _ = offset((page, head, place, channel), sizes_of(pages.meta["val"]))
+    text, _ = offset((page, head, place, channel), sizes_of(pages.meta["val"]), None)
     return text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -40,14 +40,16 @@ def tensors(inputs: Inputs, below: int = 7, sizes: dict[str, int] = SIZES) -> li
     return made
 
 
-def calls_of(graph: Graph) -> list[Call]:
+def calls_of(graph: Graph, by_token: Collection[fx.Node] = ()) -> list[Call]:
     """The rows kernels of all outputs; a kv_write's pages are its input."""
     stored = {node: f"in{i}" for i, node in enumerate(graph.inputs())}
     outputs = {n: stored[n.args[0]] if written(n) is not n else f"out{i}" for i, n in enumerate(graph.outputs())}
-    return rows_calls(outputs, stored)
+    return rows_calls(outputs, stored, by_token=by_token)
 
 
-def run(graph: Graph, args: list[Tensor], sizes: dict[str, int] = SIZES) -> list[Tensor]:
+def run(
+    graph: Graph, args: list[Tensor], sizes: dict[str, int] = SIZES, by_token: Collection[fx.Node] = ()
+) -> list[Tensor]:
     """The outputs by the kernels, interpreted."""
     from llmopt.codegen.interpret import launcher
 
@@ -57,7 +59,7 @@ def run(graph: Graph, args: list[Tensor], sizes: dict[str, int] = SIZES) -> list
         value = node.meta["val"]
         shape = [s if isinstance(s, int) else sizes["N"] for s in value.shape]
         memory[f"out{i}"] = torch.full(shape, 99, dtype=value.dtype) if written(node) is node else None
-    for call in calls_of(graph):
+    for call in calls_of(graph, by_token):
         assert call.kernel is not None
         launcher(call.kernel)(tuple(evaluate(g, sizes) for g in call.grid), [memory[a] for a in call.args])
     pages = {n: memory[f"in{graph.inputs().index(n.args[0])}"] for n in graph.outputs() if written(n) is not n}

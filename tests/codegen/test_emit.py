@@ -196,7 +196,7 @@ def test_epilogue_adds_a_residual_and_keeps_fp32():
     assert offsets == (0,)
     assert operands.types() == (("e0", "*bf16"),)
     assert dict(operands.absent()) == dict.fromkeys(("e1", "e2", "e3", "e4", "e5"))
-    assert "v0 = tl.load(e0 + (m * 16 + n), mask=ok, other=0).to(tl.float32)" in hook.source
+    assert "v0 = tl.load(e0 + (m * 16 + n), mask=ok, other=0).to(tl.float32)  # of bf16[1, N, 16]" in hook.source
     assert "v1 = acc0 + v0" in hook.source
     assert "tanh" in emit.source_of(hook)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emitted import aten, calls_of, check, region
+from emitted import aten, calls_of, check, region, run, tensors
 
 from llmopt.compiler.ops import gated, kv_write, rms_norm, rope, softcap
 from llmopt.compiler.target import Target
@@ -81,6 +81,10 @@ def row_results(x):
     return aten.amax.default(x, [-1]), aten.sum.dim_IntList(x, [-1], True), aten.var.correction(x, [-1], correction=0)
 
 
+def as_many_results_as_elements(x):
+    return aten.mean.dim(x, [-1]), aten.softmax.int(x, -1)
+
+
 def pieces(x, y):
     joined = aten.cat.default([aten.slice.Tensor(x, 2, 5, 20), y, aten.neg.default(y)], -1)
     masked = aten.masked_fill.Scalar(joined, aten.lt.Scalar(joined, 0.25), float("-inf"))
@@ -117,6 +121,7 @@ CASES = {
     "embed": (embed, {"ids": ((1, "N"), i64), "table": ((7, 1100), bf16), "scale": ((), bf16)}),
     "softmaxes": (softmaxes, {"x": ((1, "N", 50), f32)}),
     "row_results": (row_results, {"x": ((1, "N", 4, 12), f32)}),
+    "as_many_results": (as_many_results_as_elements, {"x": ((1, "N", 12, 4), f32)}),
     "pieces": (pieces, {"x": ((1, "N", 20), f32), "y": ((1, "N", 7), f32)}),
     "pointwise": (pointwise, {"x": WIDE, "y": ((96,), bf16)}),
     "ints": (ints, {"ids": ((1, "N", 6), i64), "x": ((1, "N", 6), f32)}),
@@ -138,8 +143,6 @@ def test_kernel_computes_what_torch_does(name: str):
 
 @pytest.mark.interp
 def test_values_are_scattered_into_pages():
-    from emitted import run, tensors
-
     args = tensors(WRITE)
     args[-1] = torch.tensor([5, 14, 2])
     got = run(region(write, WRITE), args)
@@ -148,9 +151,17 @@ def test_values_are_scattered_into_pages():
 
 
 @pytest.mark.interp
+def test_queries_token_by_token():
+    inputs = {"x": WIDE, "w": ((24,), bf16)}
+    graph = region(lambda x, w: (rms_norm(heads(x, 24), w, 1e-6),), inputs)
+    args = tensors(inputs)
+    plain, by_token = (run(graph, args, by_token=by)[0] for by in ((), graph.outputs()))
+    assert torch.equal(by_token.reshape(1, 3, 4, 24), plain.transpose(1, 2))
+
+
+@pytest.mark.interp
 def test_special_values():
     """What the fp32 forms do at the ends of their range is what torch does."""
-    from emitted import run
 
     def ends(x):
         return (
