@@ -142,7 +142,7 @@ def sweep(case: Case, tokens: int, tried: list[Variant]) -> dict[str, Any]:
             wrong[variant.text()] = fault
     rows.sort(key=lambda row: row["us"])
     return {
-        "shape": case.shape.name, "tokens": tokens, "rows": rows, "wrong": wrong,
+        "shape": case.shape.name, "tokens": tokens, "rows": rows[:10], "wrong": wrong,
         "linear_us": case.time(lambda w: case.plain(w, tokens, torch.bfloat16, norm=False)),
         "whole_us": case.time(lambda w: case.plain(w, tokens, torch.bfloat16)),
     }  # fmt: skip
@@ -288,8 +288,37 @@ def sweep_all(args: argparse.Namespace, plan: dict[Any, list[Variant]], read: fl
 def plain_data(value: Any) -> Any:
     """JSON for a Variant."""
     assert isinstance(value, Variant), value
-    data = {"template": value.template, "shape": value.shape.sizes(0), "config": dict(value.config), "pdl": value.pdl}
+    from llmopt.codegen.tuning import source_hash
+
+    data = {
+        "template": value.template,
+        "source": source_hash(value.template),
+        "shape": value.shape.sizes(0),
+        "config": dict(value.config),
+        "pdl": value.pdl,
+    }
     return {**data, "text": value.text()}
+
+
+def accept(path: Path) -> Path:
+    """Put what a result file found fastest into the shipped table: in the chain, else alone."""
+    from llmopt.codegen import tuning
+
+    results = json.loads(path.read_text())
+    swept = [r for r in results["sweep"] if r["rows"] and r["tokens"] == bucket_of(r["tokens"])]
+    found = [(r["rows"][0]["variant"], r["tokens"], r["rows"][0]["us"]) for r in swept]
+    for r in results["chain"]:
+        found += [(variant, r["tokens"], None) for variant in r["chosen"].values()]
+    entries: dict[str, dict[str, Any]] = {}
+    for variant, tokens, us in found:
+        shape = {**variant["shape"], "N": tokens}
+        key = tuning.key(variant["template"], shape, "bfloat16")
+        entries[key] = {
+            "template": variant["template"], "source": variant["source"], "shape": shape, "dtype": "bfloat16",
+            "config": variant["config"], "us": us or entries.get(key, {}).get("us"), "device": results["device"],
+            "date": results["date"],
+        }  # fmt: skip
+    return tuning.write("sm_90", entries.values())
 
 
 def main() -> None:
@@ -301,7 +330,11 @@ def main() -> None:
     parser.add_argument("--only", choices=["sweep", "chain"])
     parser.add_argument("--limit", type=int, default=None, help="variants of a shape in the sweep")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--accept", type=Path, help="measure nothing: put this file's results into the shipped table")
     args = parser.parse_args()
+    if args.accept:
+        print(accept(args.accept))
+        return
     args.tokens = sorted({*args.tokens, *args.chain_tokens}) if args.only != "sweep" else args.tokens
     # the number of devices is asked of the driver only after the worker processes have been forked
     if not Path("/dev/nvidiactl").exists():
@@ -317,7 +350,13 @@ def main() -> None:
     speed = bandwidth()
     device = torch.cuda.get_device_name()
     print(f"{device}: reads {speed['read']:.2f} TB/s, copies {speed['copy']:.2f} TB/s", flush=True)
-    results: dict[str, Any] = {"device": device, "bandwidth": speed, "sweep": [], "chain": []}
+    results: dict[str, Any] = {
+        "device": device,
+        "date": time.strftime("%Y-%m-%d"),
+        "bandwidth": speed,
+        "sweep": [],
+        "chain": [],
+    }
     if args.only != "chain":
         results["sweep"] = sweep_all(args, plan, speed["read"])
     if args.only != "sweep":

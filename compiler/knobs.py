@@ -62,6 +62,15 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _choice(*values: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in values:
+            raise ValueError(text)
+        return text
+
+    return read
+
+
 def _switch(text: str) -> bool:
     return bool(_level(1)(text))
 
@@ -114,9 +123,14 @@ cache: Knob[Path] = Knob(
     "LLMOPT_CACHE", "a folder (made if absent)", _folder, _cache_home, "~/.cache/llmopt",
     "Keep compiled kernels here (XDG_CACHE_HOME is honoured for the default).",
 )  # fmt: skip
+tune: Knob[str] = Knob(
+    "LLMOPT_TUNE", "off or cached", _choice("off", "cached"), lambda: "cached", "cached",
+    "Compile GPU kernels with the constants measured for their shape where there are such; off: with the defaults.",
+)  # fmt: skip
 
 KNOBS: dict[str, Knob[Any]] = {
-    knob.name.removeprefix(PREFIX).lower(): knob for knob in (debug, dump, verify, numerics, bisect, provider, cache)
+    knob.name.removeprefix(PREFIX).lower(): knob
+    for knob in (debug, dump, verify, numerics, bisect, provider, cache, tune)
 }
 
 

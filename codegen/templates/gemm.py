@@ -21,9 +21,9 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _load(w, first, at, k, K: tl.constexpr, MASKED: tl.constexpr):
-    # the block's first row in 64 bits, offsets inside the block in 32: a vocabulary of 256k times 16k exceeds 2^31
-    spot = w + first.to(tl.int64) * K + at
+def _load(w, first, row, k, K: tl.constexpr, MASKED: tl.constexpr):
+    # the block's first row in 64 bits, as 256k rows of 16k exceed 2^31; rows last, as their distances are constants
+    spot = (w + first.to(tl.int64) * K + k) + row * K
     if MASKED:
         return tl.load(spot, mask=k < K, other=0.0)
     else:
@@ -110,9 +110,9 @@ def gemm(  # noqa: C901
     for step in range(STEPS):
         k = column + step * (BLOCK_K * SLICES)
         whole = k < K if MASKED else tl.full([1] * len(k.shape), True, tl.int1)
-        a0 = _load(w, first + OFFSET0, row * K + k, k, K, MASKED)
+        a0 = _load(w, first + OFFSET0, row, k, K, MASKED)
         if PARTS == 2:
-            a1 = _load(w, first + OFFSET1, row * K + k, k, K, MASKED)
+            a1 = _load(w, first + OFFSET1, row, k, K, MASKED)
         x = LOAD_X(m, k, (m < N) & whole, e0, e1, e2, e3, e4, e5)
         if NORM:
             squares += _squares(x, V)
@@ -196,6 +196,10 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
     tiles = [(64, 128, 1, 4, 4), (64, 64, 1, 6, 4), (128, 64, 1, 4, 4), (128, 128, 1, 3, 8), (32, 128, 1, 5, 2)]
     if shape["N"] <= 16:
         tiles += [(32, 64, 4, 3, 4), (16, 64, 4, 4, 4), (32, 64, 2, 4, 2)]
+    else:
+        tiles[:2] = tiles[1::-1]  # a wide x needs the registers
+    if dtype == "float32":  # multiplied without tensor cores, so from registers
+        tiles = [(32, 16, 1, 4, 4), (32, 32, 1, 4, 4), (64, 16, 1, 4, 4)]
     found = []
     for rows, columns, slices, stages, warps in tiles:
         tile = {"BLOCK_J": max(16, rows // parts), "BLOCK_K": columns, "SLICES": slices, "num_warps": warps}

@@ -22,8 +22,8 @@ from llmopt.compiler.target import Target
 
 @triton.jit
 def _weights(w, first, row, k, K: tl.constexpr, BLOCK_K: tl.constexpr, EVICT: tl.constexpr):
-    # the block's first row in 64 bits, offsets inside the block in 32: a vocabulary of 256k times 16k exceeds 2^31
-    at = w + first.to(tl.int64) * K + (row[:, None] * K + k[None, :])
+    # the block's first row in 64 bits, as 256k rows of 16k exceed 2^31; rows last, as their distances are constants
+    at = (w + first.to(tl.int64) * K + k)[None, :] + row[:, None] * K
     if K % BLOCK_K == 0:
         return tl.load(at, eviction_policy=EVICT)
     return tl.load(at, mask=(k < K)[None, :], other=0.0, eviction_policy=EVICT)
@@ -145,24 +145,30 @@ def supports(shape: Mapping[str, int], dtype: str, target: Target) -> str | None
 
 
 def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[str, Any]]:
-    """Constants worth trying, the default first: rows and columns a step so that a thread loads 16 bytes a row."""
+    """Constants worth trying, the default first.
+
+    Weights ahead (PREFETCH) make the assembler issue a step's loads at once; it would else put each beside its use, to
+    save registers, and wait for them one by one.
+    """
     wide = 4 if dtype == "float32" else 8
     K, rows_in_all = shape["K"], shape["J"] * shape["PARTS"]
     whole = triton.next_power_of_2(K)
-    default = _config(8 // shape["PARTS"], min(128 * wide, whole), wide)
+    rows, loads = (8, 128)
     if rows_in_all <= 16 * target.cores:
-        # few rows: small blocks, so that every multiprocessor has some, and the whole row in one or two steps
-        default = _config(4 // shape["PARTS"], min(256 * wide, whole), wide, PREFETCH=1)
-    others = [
-        _config(rows // shape["PARTS"], min(columns * wide, whole), wide, PREFETCH=prefetch)
-        for rows, columns in ((8, 128), (4, 256), (4, 128), (16, 128), (2, 256), (8, 256))
-        for prefetch in (0, 1)
+        rows, loads = (
+            4,
+            256,
+        )  # few rows: small blocks, so that every multiprocessor has some; a whole row in few steps
+    tiles = [(rows, loads, 4, 1)]
+    tiles += [
+        (r, n, 4, ahead) for r, n in ((8, 128), (4, 256), (4, 128), (16, 128), (2, 256), (8, 256)) for ahead in (1, 0)
     ]
-    return list({repr(c): c for c in [default, *others] if c["BLOCK_J"]}.values())
-
-
-def _config(rows: int, columns: int, wide: int, **others: Any) -> dict[str, Any]:
-    # no more threads than 16-byte loads in a step's row
-    warps = min(4, max(1, columns // (32 * wide)))
-    tile = {"BLOCK_J": rows, "BLOCK_K": columns, "PREFETCH": 0, "EARLY": 0, "EVICT": ""}
-    return {**tile, **others, "num_warps": warps, "num_stages": 1}
+    tiles += [(8, 32, 1, 1), (4, 64, 1, 1), (8, 64, 2, 1)]
+    found = [
+        {
+            "BLOCK_J": r // shape["PARTS"], "BLOCK_K": min(n * wide, whole), "PREFETCH": ahead, "EARLY": 0, "EVICT": "",
+            "num_warps": max(1, min(warps, whole // (32 * wide))), "num_stages": 1,
+        }
+        for r, n, warps, ahead in tiles
+    ]  # fmt: skip
+    return list({repr(c): c for c in found}.values())

@@ -1,0 +1,107 @@
+"""The `gemv` and `gemm` templates compiled for GPUs that are not there, and what stands in their machine code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gemm_cases import Case
+
+from llmopt.codegen import cubin, tuning
+from llmopt.compiler.target import Target
+
+pytestmark = pytest.mark.xcompile
+
+SHAPES = {
+    "qkv": Case(4096, 6144, norm=1),
+    "gate_up": Case(4096, 14336, parts=2, norm=1),
+    "down": Case(14336, 4096, added=True),
+}
+ISAS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"]
+
+
+def compiled(case: Case, template: str, config: Mapping[str, Any], target: Target) -> cubin.Cubin:
+    return cubin.compile_kernel(case.kernel(template, config, pdl="pdl" in target.features), target)
+
+
+def machine_code(made: cubin.Cubin, tmp_path: Path) -> list[str]:
+    """Labels and instructions, one an element, predicates left out."""
+    import triton
+
+    (tmp_path / "it.cubin").write_bytes(made.data)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    text = subprocess.run([tool, "-c", tmp_path / "it.cubin"], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^(\.L_x_\d+:)|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", text, re.MULTILINE)
+    return [label or instruction.strip() for label, instruction in found]
+
+
+def loop(code: list[str]) -> list[str]:
+    """What is repeated along K: from the label that a later branch goes back to, up to that branch."""
+    for end, text in enumerate(code):
+        back = re.fullmatch(r"BRA.*\((\.L_x_\d+)\)", text)
+        if back and f"{back[1]}:" in code[:end]:
+            return code[code.index(f"{back[1]}:") : end]
+    raise AssertionError("no loop")
+
+
+def some(code: list[str], *names: str) -> list[str]:
+    """The instructions of these names."""
+    return [text for text in code if text.startswith(names)]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("template", ["gemv", "gemm"])
+def test_defaults_compile_for_every_gpu(isa: str, template: str) -> None:
+    target = Target.parse(f"cuda:{isa}")
+    for case in (SHAPES["qkv"], Case(1000, 40, parts=2, norm=1, dtype=torch.float32)):
+        tokens = 1 if template == "gemv" else 16
+        config = tuning.pick(template, case.sizes(tokens), str(case.dtype).removeprefix("torch."), target)
+        made = compiled(case, template, config, target)
+        assert made.spills <= 16, config  # two registers, outside the loop
+
+
+@pytest.mark.parametrize(("name", "prefetch"), [("qkv", 0), ("qkv", 1), ("gate_up", 1), ("down", 1)])
+def test_gemv_streams_in_16_bytes(name: str, prefetch: int, tmp_path: Path) -> None:
+    case, target = SHAPES[name], Target.parse("cuda:sm_90")
+    rows = 8 // case.parts
+    config = {
+        "BLOCK_J": rows, "BLOCK_K": 1024, "PREFETCH": prefetch, "EARLY": 0, "EVICT": "", "num_warps": 4,
+        "num_stages": 1,
+    }  # fmt: skip
+    code = machine_code(compiled(case, "gemv", config, target), tmp_path)
+    assert len([text for text in some(loop(code), "LDG") if ".128" in text]) >= 8
+    assert not some(loop(code), "LDL", "STL", "SHFL", "STS", "LDS", "BAR")
+    # the first weights are under way before the wait for the kernel ahead, or nothing is
+    ahead = some(code[: code.index(some(code, "ACQBULK")[0])], "LDG")
+    assert len(ahead) >= 8 if prefetch else not ahead
+
+
+@pytest.mark.parametrize("width", [8, 16, 64])
+@pytest.mark.parametrize("name", SHAPES)
+def test_gemm_copies_weights_in_16_bytes_and_multiplies_from_shared_memory(
+    name: str, width: int, tmp_path: Path
+) -> None:
+    case, target = SHAPES[name], Target.parse("cuda:sm_90")
+    config = tuning.pick("gemm", case.sizes(width), "bfloat16", target)
+    code = machine_code(compiled(case, "gemm", config, target), tmp_path)
+    assert len([text for text in some(code, "LDGSTS") if ".128" in text]) >= 8
+    assert not some(code, "LDL", "STL")
+    assert some(code, "HGMMA", "HMMA")
+    # a wgmma that reads its left operand from registers may see the next step's: Triton does not wait for it
+    assert not [text for text in some(code, "HGMMA") if re.search(r", R\d+, gdesc", text)]
+
+
+def test_every_entry_of_the_tables_compiles_and_is_of_these_kernels() -> None:
+    for path in sorted(tuning.TABLES.glob("*.json")):
+        target = Target.parse(f"cuda:{path.stem}")
+        for key, entry in tuning.table(path.stem).items():
+            shape, dtype = entry["shape"], getattr(torch, entry["dtype"])
+            assert entry["source"] == tuning.source_hash(entry["template"]), f"{key}: measure again"
+            if entry["template"] in ("gemv", "gemm"):
+                case = Case(shape["K"], shape["J"], shape["PARTS"], shape["NORM"], dtype=dtype)
+                assert compiled(case, entry["template"], entry["config"], target).spills <= 16, key

@@ -1,0 +1,72 @@
+"""The choice of a kernel's constants: tables, defaults, the knob."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmopt.codegen import tuning
+from llmopt.compiler import knobs
+from llmopt.compiler.target import Target
+
+pytest.importorskip("triton")
+
+TARGET = Target("cuda", "sm_90", 132, frozenset({"triton", "pdl"}), 232448, 1, 1)
+SHAPE = {"K": 4096, "J": 6144, "PARTS": 1, "NORM": 1, "N": 1}
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(tuning, "TABLES", tmp_path)
+    tuning.table.cache_clear()
+    yield tmp_path
+    tuning.table.cache_clear()
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    known = {"template": "gemv", "source": tuning.source_hash("gemv"), "shape": SHAPE, "dtype": "bfloat16"}
+    return {**known, "config": {"BLOCK_J": 2}, "us": 12.5, "device": "none", "date": "2026-01-01", **changes}
+
+
+def picked(shape: dict[str, int] = SHAPE, dtype: str = "bfloat16") -> dict[str, Any]:
+    tuning.table.cache_clear()
+    return tuning.pick("gemv:gemv", shape, dtype, TARGET)
+
+
+def test_an_entry_is_picked_for_its_shape_and_dtype_only(tables: Path) -> None:
+    default = picked()
+    assert default["BLOCK_J"] != 2
+    tuning.write("sm_90", [entry()], tables)
+    assert picked() == {"BLOCK_J": 2}
+    assert picked(dtype="float16")["BLOCK_J"] != 2
+    assert picked({**SHAPE, "J": 4096})["BLOCK_J"] != 2
+    with knobs.scope(tune="off"):
+        assert picked() == default
+
+
+def test_an_entry_of_other_kernels_is_passed_over(tables: Path) -> None:
+    tuning.write("sm_90", [entry(source="0" * 16)], tables)
+    assert picked()["BLOCK_J"] != 2
+
+
+def test_writing_replaces_the_entry_of_the_same_key(tables: Path) -> None:
+    tuning.write("sm_90", [entry(), entry(shape={**SHAPE, "J": 8})], tables)
+    tuning.write("sm_90", [entry(config={"BLOCK_J": 4})], tables)
+    assert [e["config"]["BLOCK_J"] for e in json.loads((tables / "sm_90.json").read_text())["entries"]] == [4, 2]
+
+
+@pytest.mark.parametrize("template", ["gemv", "gemm"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("isa", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize(("K", "J", "parts"), [(4096, 6144, 1), (1000, 1024, 1), (64, 40, 2), (4096, 14336, 2)])
+def test_there_is_a_default_for_every_shape(template: str, dtype: str, isa: str, K: int, J: int, parts: int) -> None:
+    shared = {"sm_80": 166912, "sm_90": 232448, "sm_120": 101376}[isa]
+    target = Target("cuda", isa, 108, frozenset({"triton"}), shared, 1, 1)
+    for tokens in (1,) if template == "gemv" else (8, 64):
+        default = tuning.pick(template, {"K": K, "J": J, "PARTS": parts, "NORM": 1, "N": tokens}, dtype, target)
+        assert default["num_stages"] >= 1
+        assert default["BLOCK_J"] >= 1
