@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmopt.codegen.kernel import SIZES, Buffer, Call, Launcher, RegionCode, evaluate
 from llmopt.compiler.errors import BuildError
+from llmopt.runtime.attend import StepLayout
 
 # what a call of torch's own ops runs: called with the arguments as they are
 Ops = Mapping[str, Callable[..., Any]]
@@ -19,14 +20,11 @@ _KEPT_PLANS = 64  # sets of sizes that are remembered; prefill comes in many
 
 @dataclass
 class Frame:
-    """What all regions of a step share: the sizes of `codegen.kernel.SIZES`, and what attention over tiles needs."""
+    """What all regions of a step share: the sizes of `codegen.kernel.SIZES`, and in class many which tokens follow one
+    another."""
 
     sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SIZES, 1))
-    tiles: Tensor | None = None
-
-    def key(self) -> tuple[int, ...]:
-        """The sizes as one value."""
-        return tuple(self.sizes.values())
+    layout: StepLayout | None = None
 
 
 @dataclass(frozen=True)
@@ -48,15 +46,20 @@ class BoundRegion:
     def __init__(self, code: RegionCode, launcher: Launcher, ops: Ops, frame: Frame, device: torch.device) -> None:
         self.code, self.frame, self.device = code, frame, device
         self._functions = [_function(call, launcher, ops) for call in code.calls]
+        self._block = next((_block_of(c) for c in code.calls if c.kernel is not None and "tiles" in c.args), None)
         self._ready: dict[tuple[int, ...], _Ready] = {}
         self._kept: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     def __call__(self, inputs: list[Any]) -> list[Tensor]:
-        key = self.frame.key()
-        ready = self._ready.get(key) or self._prepare(key)
-        device = self.device
+        frame, device = self.frame, self.device
         values: dict[str, Any] = {f"in{i}": value for i, value in enumerate(inputs)}
-        values["tiles"] = self.frame.tiles
+        values["layout"] = frame.layout
+        if self._block is not None:
+            assert frame.layout is not None
+            values["tiles"] = tiles = frame.layout.tiles(self._block)
+            frame.sizes["T"] = len(tiles)
+        key = tuple(frame.sizes.values())
+        ready = self._ready.get(key) or self._prepare(key)
         for i, made in enumerate(ready.temporaries):
             values[f"tmp{i}"] = made if isinstance(made, Tensor) else torch.empty(made[0], dtype=made[1], device=device)
         for i, out in enumerate(ready.outputs):
@@ -87,7 +90,7 @@ class BoundRegion:
                 self._kept[index, shape] = torch.zeros(shape, dtype=dtype, device=self.device)
             return self._kept[index, shape]
 
-        names = {"tiles"} | {f"tmp{i}" for i in range(len(self.code.temporaries))}
+        names = {"tiles", "layout"} | {f"tmp{i}" for i in range(len(self.code.temporaries))}
         names |= {f"out{i}" for i in range(len(self.code.outputs))}
 
         def argument(value: Any) -> Any:
@@ -105,6 +108,12 @@ class BoundRegion:
         )
         self._ready[key] = ready
         return ready
+
+
+def _block_of(call: Call) -> int:
+    """How many queries a tile of this attention has."""
+    assert call.kernel is not None
+    return int(dict(call.kernel.constants)["BLOCK_Q"])  # type: ignore[arg-type]
 
 
 def _function(call: Call, launcher: Launcher, ops: Ops) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from llmopt.codegen.sampling import REGION as SAMPLE
 from llmopt.codegen.splits import splits
 from llmopt.compiler.errors import DeviceMemoryError
 from llmopt.compiler.graph import target_name
+from llmopt.runtime.attend import StepLayout
 from llmopt.runtime.bound_region import BoundRegion, Frame
 from llmopt.runtime.decoder import DecodeState
 from llmopt.runtime.executor import flat_plan, implementation
@@ -62,6 +63,7 @@ class GpuStep:
     ) -> Tensor:
         sequences, width = block_tables.shape
         self._frame(len(slots), len(rows), sequences, width, 1)
+        self.frame.layout = StepLayout.of(seq_ids, position_ids)
         inputs = (input_ids, position_ids, slots, seq_ids, block_tables.contiguous(), rows)
         try:
             return self._run(MANY)(*map(_aligned, inputs), *[self.state[n] for n in self.state_names])  # type: ignore[no-any-return]
