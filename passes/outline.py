@@ -87,21 +87,20 @@ def outline(graph: Graph, state: Collection[str]) -> dict[str, Graph]:
 
 
 def outline_kernels(graph: Graph) -> dict[str, Graph]:
-    """As `outline`, along `meta["kernel"]`: `gemm`, `attention`, `rows`, or the name of an op that torch runs."""
+    """As `outline`, along `meta["kernel"]`: `gemm`, `attention`, `rows`; what no kernel takes stays in the graph."""
     members: dict[int, list[fx.Node]] = {}
     for node in graph.calls():
         if "kernel" in node.meta:
             members.setdefault(node.meta["kernel"], []).append(node)
     regions = [Region(members[number]).close() for number in sorted(members)]
-    return _put(graph, regions, [(r, _kernel_label(r)) for r in regions])
+    return _put(graph, regions, [(r, label) for r in regions if (label := _kernel_label(r)) is not None])
 
 
-def _kernel_label(region: Region) -> str:
-    names = [target_name(n).removeprefix("aten.") for n in region.nodes]
-    if "attend" in names or "linear" in names:
-        return "attention" if "attend" in names else "gemm"
-    lone = [n for n in region.nodes if reason_against(n) is not None and not is_view(n)]
-    return names[region.nodes.index(lone[0])] if lone else "rows"
+def _kernel_label(region: Region) -> str | None:
+    names = {target_name(n) for n in region.nodes}
+    if any(reason_against(n) is not None for n in region.nodes if not is_view(n)):
+        return None
+    return "attention" if "attend" in names else "gemm" if "linear" in names else "rows"
 
 
 def _put(graph: Graph, regions: Sequence[Region], labelled: Sequence[tuple[Region, str]]) -> dict[str, Graph]:
@@ -236,8 +235,8 @@ def _calls(graph: Graph, regions: Sequence[Region], names: Mapping[Hashable, str
         if node.op in ("placeholder", "get_attr") or sized:
             env[node] = new.node_copy(node, lambda n: env[n])
     for region in regions:
-        if region.signature not in names:  # a lone op that stays one
-            env[region.nodes[0]] = new.node_copy(region.nodes[0], lambda n: env[n])
+        if region.signature not in names:
+            env.update(_as_they_are(region, new, env))
             continue
         call = new.create_node("call_module", names[region.signature], tuple(env[n] for n in region.inputs))
         call.meta["val"] = tuple(n.meta["val"] for n in region.outputs)
@@ -246,3 +245,16 @@ def _calls(graph: Graph, regions: Sequence[Region], names: Mapping[Hashable, str
             env[node].meta.update(val=node.meta["val"], origin=node.meta.get("origin"))
     new.node_copy(graph.fx.output_node(), lambda n: env[n])
     return new
+
+
+def _as_they_are(region: Region, new: fx.Graph, known: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Copies of a region's nodes; its results made contiguous, as regions take their inputs to be."""
+    env = dict(known)
+    for node in region.nodes:
+        env[node] = new.node_copy(node, lambda n: env[n])
+    for node in region.outputs:
+        if isinstance(node.meta["val"], Tensor) and not node.meta["val"].is_contiguous():
+            made = new.call_function(torch.ops.aten.contiguous.default, (env[node],))
+            made.meta.update(val=node.meta["val"].contiguous(), origin=node.meta.get("origin"))
+            env[node] = made
+    return env
