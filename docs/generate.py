@@ -117,10 +117,119 @@ def compile_cost() -> str:
     return "\n".join(lines)
 
 
+def gpu() -> str:
+    """Everything measured on GPUs, heading included; nothing where no result is committed."""
+    parts = [text for stem in GPU_PARTS for path in sorted(RESULTS.glob(f"{stem}_*.json")) if (text := gpu_part(path))]
+    return "\n\n".join(["## Speed on a GPU", *parts]) if parts else ""
+
+
+def gpu_part(path: Path) -> str:
+    """The table of one result file; nothing if no case of it has llmopt."""
+    return GPU_PARTS[path.stem.partition("_")[0]](json.loads(path.read_text()))
+
+
+def gpu_decode(figures: dict[str, Any]) -> str:
+    """Decoding steps: a row for each case."""
+    cases = [c for c in figures["cases"] if OURS in peers(c)]
+    if not cases:
+        return ""
+    lines = [
+        f"A decoding step on one {machine(cases[-1])}, {names(cases, 'dtype')}, token in to token out. Peers share "
+        "weights (random) and process, run in turns, and pass one numerics gate: logits no farther from fp64 than 1.5 "
+        "times transformers' eager ones. *Inductor* is the best of a plain module with fused matrices under "
+        "`torch.compile`, CUDA graphs, max-autotune; *transformers* is its StaticCache with the same. The share is of "
+        "the read bandwidth measured in the same minutes that weights and cache read take up.",
+        "",
+        "| model | batch | context | **llmopt** | Inductor | transformers | eager | of read bandwidth | kernels |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for c in cases:
+        ours = peers(c)[OURS]
+        theirs = " | ".join(against(c, prefix) for prefix in ("plain-", "hf-r hf-m", "hf-eager"))
+        lines.append(
+            f"| {c['model']} | {c['batch']} | {c['tokens']} | {ours['ms']['median']:.2f} ms | {theirs} | "
+            f"{ours['read_bandwidth_share']:.0%} | {ours['kernels']} |"
+        )
+    return "\n".join(lines)
+
+
+def gpu_prefill(figures: dict[str, Any]) -> str:
+    """Reading prompts: a row for each case."""
+    cases = [c for c in figures["cases"] if OURS in peers(c)]
+    if not cases:
+        return ""
+    lines = [
+        f"Reading prompts on one {machine(cases[-1])}, {names(cases, 'dtype')}, under the same rules; *Inductor* is "
+        "the plain module with `max-autotune-no-cudagraphs`, shapes fixed.",
+        "",
+        "| model | prompts | **llmopt** | Inductor | eager |",
+        "|---|---|---|---|---|",
+    ]
+    for c in cases:
+        ours = peers(c)[OURS]["ms"]["median"]
+        theirs = " | ".join(against(c, prefix) for prefix in ("plain-", "hf-eager"))
+        lines.append(f"| {c['model']} | {c['batch']} x {c['tokens']} | {ours:.1f} ms | {theirs} |")
+    return "\n".join(lines)
+
+
+def gpu_startup(figures: dict[str, Any]) -> str:
+    """Seconds to the first token."""
+    ways = figures["ways"]
+    said = [
+        f"{figures['model']}, {figures['dtype']}, on one {machine(figures)}, from weights on the device to the first "
+        f"token: {ways['cold']['first_token_s']:.1f} s with empty caches, {ways['cached']['first_token_s']:.1f} s with "
+        "kernels cached."
+    ]
+    if "load" in ways:
+        load = ways["load"]
+        said.append(
+            f"From an artifact, without any compiler: {load['first_token_weights_resident_s']:.1f} s, and "
+            f"{load['weights_s'] + load['hashes_s']:.1f} s to read and check "
+            f"{ways['cold']['weight_bytes'] / 1e9:.0f} GB of weights."
+        )
+    return " ".join(said)
+
+
+OURS = "llmopt"
+GPU_PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "decode": gpu_decode, "prefill": gpu_prefill, "startup": gpu_startup,
+}  # fmt: skip
+
+
+def peers(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Figures of a case by peer."""
+    return {row["peer"]: row for row in case["peers"]}
+
+
+def against(case: dict[str, Any], prefixes: str) -> str:
+    """`5.09 ms, 1.25x`: the fastest of the peers with one of these prefixes, and how many times its time is ours."""
+    found = [row["ms"]["median"] for name, row in peers(case).items() if name.startswith(tuple(prefixes.split()))]
+    if not found:
+        return "-"
+    return f"{min(found):.2f} ms, {min(found) / peers(case)[OURS]['ms']['median']:.2f}x"
+
+
+def machine(case: dict[str, Any]) -> str:
+    """`NVIDIA H200 (torch 2.11.0, Triton 3.6.0)`."""
+    made = case["environment"]
+    return f"{made['gpu']['name']} (torch {made['torch']}, Triton {made['triton']})"
+
+
+def names(cases: list[dict[str, Any]], key: str) -> str:
+    """The values of a key, each once."""
+    return ", ".join(dict.fromkeys(str(c[key]) for c in cases))
+
+
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"recipes": recipes, "models": models, "decode-cpu": decode_cpu, "compile-cost": compile_cost},
+    "README.md": {
+        "recipes": recipes,
+        "models": models,
+        "decode-cpu": decode_cpu,
+        "gpu": gpu,
+        "compile-cost": compile_cost,
+    },
     "docs/passes.md": {"insert-kv-cache": kv_cache_graphs},
-}
+}  # fmt: skip
 
 
 def filled(text: str, name: str, body: str) -> str:

@@ -20,7 +20,7 @@ def generate() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("block", ["recipes", "models", "decode-cpu", "compile-cost"])
+@pytest.mark.parametrize("block", ["recipes", "models", "decode-cpu", "gpu", "compile-cost"])
 def test_the_readme_is_up_to_date(generate: ModuleType, block: str) -> None:
     text = (ROOT / "README.md").read_text()
     assert generate.filled(text, block, generate.BLOCKS["README.md"][block]()) == text
