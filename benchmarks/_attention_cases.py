@@ -11,7 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from llmopt.codegen.templates import decode_attention as decode
+from llmopt.codegen.templates import prefill_attention as prefill
 from llmopt.compiler.ops.attention import attend
+from llmopt.runtime.attend import StepLayout, flash
 
 HQ, HKV, D = 32, 8, 128
 WIDTH = (HQ + 2 * HKV) * D
@@ -113,3 +115,53 @@ class Decode:
             want = attend(q[n].double()[None, :, None], *args, None, D**-0.5, 0, 0.0)[0, :, 0]
             worst = torch.maximum(worst, (self.out[n].view(HQ, D) - want).abs().max() / want.abs().max())
         return worst.item()
+
+
+class Prefill:
+    """`batch` sequences with `have` tokens in the pages already and `count` new ones, all keys in the pages."""
+
+    def __init__(self, batch: int, count: int, have: int, page: int) -> None:
+        make = torch.Generator("cuda").manual_seed(0)
+        width = -(-(have + count) // page)
+        self.batch, self.count, self.have, self.page = batch, count, have, page
+        self.tables = (torch.randperm(batch * width, generator=make, device="cuda") + 1).view(batch, width)
+        self.seqs = torch.arange(batch, device="cuda").repeat_interleave(count)
+        self.at = (torch.arange(count, device="cuda") + have).repeat(batch)[None]
+        self.layout = StepLayout.of(self.seqs, self.at)
+        self.k, self.v = (
+            torch.randn(batch * width + 1, HKV, page, D, generator=make, device="cuda", dtype=torch.bfloat16)
+            for _ in "kv"
+        )
+        self.q = torch.randn(batch * count, HQ, D, generator=make, device="cuda", dtype=torch.bfloat16)
+        self.out = torch.zeros_like(self.q)
+
+    @property
+    def flops(self) -> int:
+        """Of both products, over the keys that are seen."""
+        return 4 * HQ * D * self.batch * self.count * (2 * self.have + self.count + 1) // 2
+
+    def launch(self, config: dict[str, Any]) -> None:
+        """The Triton kernel over the pages."""
+        tiles = self.layout.tiles(config["BLOCK_Q"])
+        prefill.prefill_attention[(len(tiles), HQ)](
+            self.q, self.k, self.v, self.tables, tiles, None, self.out, self.tables.shape[1], **SHAPE, PAGE=self.page,
+            SCALE=D**-0.5, WINDOW=0, SOFTCAP=0.0, **config,
+        )  # fmt: skip
+
+    def flash(self) -> None:
+        """Torch's kernel over gathered pages, sequence by sequence."""
+        flash(self.q, self.k, self.v, self.tables, self.layout, self.out, D**-0.5)
+
+    def contiguous(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, HQ, count, D], k and v [B, HKV, have + count, D] of the same sizes, for SDPA."""
+        shapes = ((HQ, self.count), (HKV, self.have + self.count), (HKV, self.have + self.count))
+        q, k, v = (torch.randn(self.batch, h, t, D, device="cuda", dtype=torch.bfloat16) for h, t in shapes)
+        return q, k, v
+
+    def error(self) -> float:
+        """Largest error of the last sequence's last 256 tokens against fp64, relative to the largest value."""
+        q, at = self.q[-256:].double().transpose(0, 1)[None], self.at[:, -256:]
+        pages, near = self.tables[-1], torch.arange(self.tables.shape[1], device="cuda")[None]
+        args = (self.k[pages].double(), self.v[pages].double(), near, torch.zeros_like(at[0]), at)
+        want = attend(q, *args, None, D**-0.5, 0, 0.0)[0].transpose(0, 1)
+        return ((self.out[-256:] - want).abs().max() / want.abs().max()).item()

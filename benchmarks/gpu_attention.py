@@ -1,6 +1,6 @@
 """Paged attention on one GPU: correctness first, then decode and prefill against FlexAttention and SDPA.
 
-    python benchmarks/gpu_attention.py [--only gate,repeat,decode,latency,prefill] [--pages 16,64] [--quick]
+    python benchmarks/gpu_attention.py [--only repeat,latency,prefill,decode] [--pages 16,64] [--quick]
 
 Shapes are those of Llama-3.1-8B (32 query heads, 8 key/value heads, 128 channels, bf16). A time is the median of CUDA
 graph replays; contenders take turns. Key/value bytes a second stand beside the copy and read rates of the same run.
@@ -19,15 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _attention_cases import HKV, HQ, SHAPE, D, Decode, read
+import triton
+from _attention_cases import HKV, HQ, SHAPE, D, Decode, Prefill, read
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from llmopt.codegen.templates import decode_attention as decode
+from llmopt.codegen.templates import prefill_attention as prefill
 from llmopt.compiler.target import Target
 
 CASES = ((1, 131072), (8, 32768), (64, 8192))
+PROMPTS = ((1, 2048, 0), (4, 2048, 0), (2, 512, 1536))
 
 
 def graphed(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -73,22 +77,29 @@ def name_of(config: dict[str, Any]) -> str:
     return "/".join(str(config[key]) for key in keys)
 
 
-def gate(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every configuration on ragged-free small sizes with one, some and many parts; an error above 1 % ends the run."""
-    rows = []
+def checked(config: dict[str, Any]) -> float:
+    """The worst error over small sizes with one, some and many parts; inf if what is written is wrong."""
+    worst = 0.0
+    for batch, context, page, splits in ((3, 700, 16, 1), (2, 1000, 64, 8), (1, 33, 16, 5), (1, 1, 16, 2)):
+        case = Decode(batch, context, page)
+        case.launch(config, splits)
+        own_k, own_v = (pages[0][case.slots // page, :, case.slots % page] for pages in (case.k, case.v))
+        off = (own_k.float() - case.rotated(HQ, HKV).float()).abs().max() / own_k.float().abs().max()
+        same = torch.equal(own_v, case.qkv.view(batch, -1, D)[:, HQ + HKV :])
+        right = off <= 0.01 and same and not case.tickets.any()
+        worst = max(worst, case.error() if right else float("inf"))
+    return worst
+
+
+def gate(configs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The error of every configuration, or why it does not run."""
+    seen: dict[str, Any] = {}
     for config in configs:
-        worst = 0.0
-        for batch, context, page, splits in ((3, 700, 16, 1), (2, 1000, 64, 8), (1, 33, 16, 5), (1, 1, 16, 2)):
-            case = Decode(batch, context, page)
-            case.launch(config, splits)
-            worst = max(worst, case.error())
-            own_k, own_v = (pages[0][case.slots // page, :, case.slots % page] for pages in (case.k, case.v))
-            off = (own_k.float() - case.rotated(HQ, HKV).float()).abs().max() / own_k.float().abs().max()
-            same = torch.equal(own_v, case.qkv.view(batch, -1, D)[:, HQ + HKV :])
-            if not worst <= 0.01 or off > 0.01 or not same or case.tickets.any():
-                raise SystemExit(f"WRONG: {name_of(config)} batch {batch} context {context} error {worst}")
-        rows.append({"config": name_of(config), "error": worst})
-    return rows
+        try:
+            seen[name_of(config)] = checked(config)
+        except triton.TritonError as error:
+            seen[name_of(config)] = f"{type(error).__name__}: {error}"[:160]
+    return seen
 
 
 def repeat(configs: list[dict[str, Any]], target: Target) -> dict[str, int]:
@@ -188,6 +199,33 @@ def latency_row(batch: int, context: int, page: int, configs: list[dict[str, Any
     return {"batch": batch, "context": context, "page": page, "us": tried[best], "best": best, "tried": tried}
 
 
+def prefill_row(batch: int, count: int, have: int, configs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The Triton kernel's configurations and torch's kernel over gathered pages, against SDPA without pages."""
+    case, worst, wrong = Prefill(batch, count, have, 16), 0.0, 0
+    q, k, v = case.contiguous()
+    mask = causal_lower_right(count, have + count)
+
+    def contiguous() -> Tensor:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    runs: dict[str, Callable[[], object]] = {"sdpa": contiguous, "gathered": case.flash}
+    for config in configs:
+        name = "/".join(str(config[key]) for key in ("BLOCK_Q", "BLOCK_T", "num_warps", "num_stages"))
+        runs[name] = lambda config=config: case.launch(config)
+    for name, run in list(runs.items())[1:]:
+        case.out.zero_()
+        run()
+        worst, first = max(worst, case.error()), case.out.clone()
+        for _ in range(20):
+            run()
+            wrong += int((case.out != first).any())
+        if not worst <= 0.02:
+            raise SystemExit(f"WRONG: prefill {name} {batch}x{count} after {have}: error {worst}")
+    us = times(runs, 1, 12)
+    row = {"batch": batch, "count": count, "have": have, "error": worst, "unlike": wrong, "us": us}
+    return row | {"tflops": {name: case.flops / t / 1e6 for name, t in us.items()}}
+
+
 def top(tried: dict[str, float], count: int = 4) -> str:
     """The fastest few."""
     return "  ".join(f"{name} {us:.2f}" for name, us in sorted(tried.items(), key=lambda item: item[1])[:count])
@@ -199,12 +237,12 @@ def report(result: dict[str, Any]) -> None:
     print(f"\n{result['device']}: copy {rates['copy']:.0f} GB/s, read {rates['read']:.0f}; {result['wall']:.0f} s")
     print("configurations: swap/tile/warps/stages/peel xparts, us")
     if "gate" in result:
-        print("gate: worst error", max(row["error"] for row in result["gate"]))
+        print("gate: errors", {n: e if isinstance(e, str) else f"{e:.1e}" for n, e in result["gate"].items()})
     if "repeat" in result:
         print("calls of 300 unlike the first:", {k: v for k, v in result["repeat"].items() if v} or "none")
     for row in result.get("decode", ()):
         print(
-            f"decode {row['batch']}x{row['context']} page {row['page']} error {row['error']:.1e}: {top(row['tried'])}"
+            f"decode {row['batch']}x{row['context']} page {row['page']}, error {row['error']:.1e}: {top(row['tried'])}"
         )
         for name, us in row["us"].items():
             share = row["gbs"][name] / rates["copy"]
@@ -215,11 +253,18 @@ def report(result: dict[str, Any]) -> None:
     for row in result.get("latency", ()):
         print(f"latency {row['batch']}x{row['context']} page {row['page']}: {row['us']:.2f} us  {top(row['tried'])}")
 
+    for row in result.get("prefill", ()):
+        print(
+            f"prefill {row['batch']}x{row['count']} after {row['have']}: error {row['error']:.1e}, {row['unlike']} of "
+            f"20 calls a kernel unlike the first; tile/keys/warps/stages, us (TFLOP/s)"
+        )
+        print("  " + "  ".join(f"{n} {us:.1f} ({row['tflops'][n]:.0f})" for n, us in row["us"].items()))
+
 
 def main() -> None:
     """Run what is asked for; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="gate,repeat,decode,latency")
+    parser.add_argument("--only", default="repeat,latency,prefill,decode")
     parser.add_argument("--pages", default="16,64")
     parser.add_argument("--quick", action="store_true", help="the first four configurations only")
     options = parser.parse_args()
@@ -227,19 +272,24 @@ def main() -> None:
     torch.manual_seed(0)
     target = Target.detect("cuda")
     configs = decode.configs({**SHAPE, "PAGE": 16}, "bfloat16", target)[: 4 if options.quick else None]
-    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "bandwidth": bandwidth()}
     pages = [int(p) for p in options.pages.split(",")]
-    if "gate" in only:
-        result["gate"] = gate(configs)
-    if "repeat" in only:
-        result["repeat"] = repeat(configs, target)
-    if "latency" in only:
-        result["latency"] = [latency_row(b, t, 16, configs) for b in (1, 4, 16) for t in (512, 1024)]
-    if "decode" in only:
-        flat = [c for c in configs if not c["PEEL"]]
-        result["decode"] = [decode_row(b, t, page, flat, target, page == pages[0]) for b, t in CASES for page in pages]
-    result["wall"] = time.perf_counter() - began
-    (Path(os.environ.get("OUT", ".")) / "gpu_attention.json").write_text(json.dumps(result, indent=1))
+    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "bandwidth": bandwidth(), "gate": gate(configs)}
+    # what is wrong is shown, and not timed
+    errors = result["gate"]
+    configs = [c for c in configs if not isinstance(errors[name_of(c)], str) and errors[name_of(c)] <= 0.01]
+    flat = [c for c in configs if not c["PEEL"]]
+    several = prefill.configs({**SHAPE, "PAGE": 16}, "bfloat16", target)
+    steps: dict[str, Callable[[], object]] = {
+        "repeat": lambda: repeat(configs, target),
+        "latency": lambda: [latency_row(b, t, 16, configs) for b in (1, 4, 16) for t in (512, 1024)],
+        "prefill": lambda: [prefill_row(*sizes, several) for sizes in PROMPTS],
+        "decode": lambda: [decode_row(b, t, p, flat, target, p == pages[0]) for b, t in CASES for p in pages],
+    }
+    for step in only:
+        result[step] = steps[step]()
+        result["wall"] = time.perf_counter() - began
+        print(f"{step} done at {result['wall']:.0f} s", flush=True)
+        (Path(os.environ.get("OUT", ".")) / "gpu_attention.json").write_text(json.dumps(result, indent=1))
     report(result)
 
 

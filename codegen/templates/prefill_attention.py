@@ -131,7 +131,7 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
     elif wide > 128:
         tried = [(64, 32, 4, 2), (128, 32, 8, 2), (64, 64, 4, 2)]
     else:
-        tried = [(128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 4, 2)]
+        tried = [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2)]
     drain = int(target.isa == "sm_90" and dtype != "float32")
     room = [t for t in tried if t[3] * t[1] * wide * 4 + t[0] * wide * 2 <= target.shared_bytes] or tried[-1:]
     return [

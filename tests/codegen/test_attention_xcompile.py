@@ -1,0 +1,156 @@
+"""The attention kernels compiled for GPUs that are not there, and what stands in the machine code for sm_90."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmopt.codegen import cubin
+from llmopt.codegen.kernel import Kernel
+from llmopt.codegen.templates import decode_attention as decode
+from llmopt.codegen.templates import prefill_attention as prefill
+from llmopt.compiler.target import Target
+
+pytestmark = pytest.mark.xcompile
+
+ISAS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"]
+SHAPE = {"HQ": 32, "HKV": 8, "D": 128, "DV": 128, "PAGE": 16}
+HOOKS = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def load_q(n, h, d, ok, e0, e1, e2, e3, e4, e5):
+    return tl.load(e0 + n * 8192 + h * 256 + d, mask=ok, other=0.0).to(tl.float32)
+
+@triton.jit
+def load_k(n, h, d, ok, e0, e1, e2, e3, e4, e5):
+    return tl.load(e1 + n * 2048 + h * 256 + d, mask=ok, other=0.0).to(tl.float32)
+
+@triton.jit
+def load_v(n, h, d, ok, e0, e1, e2, e3, e4, e5):
+    return tl.load(e2 + n * 2048 + h * 256 + d, mask=ok, other=0.0).to(tl.float32)
+"""
+
+
+def constants(shape: dict[str, int], settings: dict[str, Any], config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    base = {"SCALE": 0.125, "WINDOW": 0, "SOFTCAP": 0.0}
+    kept = {name: value for name, value in config.items() if not name.startswith("num_")}
+    return tuple({**shape, **base, **settings, **kept}.items())
+
+
+def decoding(
+    target: Target, shape: dict[str, int], config: dict[str, Any], dtype: str, sinks: bool = False, **s: Any
+) -> Kernel:
+    p = {"bfloat16": "*bf16", "float32": "*fp32"}[dtype]
+    types = {
+        "k_pages": p, "v_pages": p, "tables": "*i64", "positions": "*i64", "slots": "*i64",
+        **({"sinks": p} if sinks else {}), "out": p, "partial": "*fp32", "lse": "*fp32", "tickets": "*i32", "e0": p, "e1": p, "e2": p, "N": "i32", "M": "i32",
+        "SPLITS": "i32",
+    }  # fmt: skip
+    pdl = "pdl" in target.features
+    none = tuple((name, None) for name in ("e3", "e4", "e5", *(() if sinks else ("sinks",))))
+    hooks = (("LOAD_Q", "load_q"), ("LOAD_K", "load_k"), ("LOAD_V", "load_v"))
+    return Kernel(
+        "decode_attention:decode_attention", tuple(types.items()),
+        (*constants(shape, s, config), ("PDL", pdl), *none), hooks, HOOKS,
+        config["num_warps"], config["num_stages"], pdl,
+    )  # fmt: skip
+
+
+def prompts(shape: dict[str, int], config: dict[str, Any], dtype: str, sinks: bool = False, **settings: Any) -> Kernel:
+    p = {"bfloat16": "*bf16", "float32": "*fp32"}[dtype]
+    types = {"q": p, "k_pages": p, "v_pages": p, "tables": "*i64", "tiles": "*i32"}
+    types |= {**({"sinks": p} if sinks else {}), "out": p, "M": "i32"}
+    none = () if sinks else (("sinks", None),)
+    return Kernel(
+        "prefill_attention:prefill_attention", tuple(types.items()), (*constants(shape, settings, config), *none),
+        num_warps=config["num_warps"], num_stages=config["num_stages"],
+    )  # fmt: skip
+
+
+def machine_code(made: cubin.Cubin, tmp_path: Path) -> str:
+    import triton
+
+    (tmp_path / "it.cubin").write_bytes(made.data)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    return subprocess.run([tool, "-c", tmp_path / "it.cubin"], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_defaults_compile_for_every_gpu(isa: str, dtype: str) -> None:
+    target = Target.parse(f"cuda:{isa}")
+    made = cubin.compile_kernel(decoding(target, SHAPE, decode.configs(SHAPE, dtype, target)[0], dtype), target)
+    assert made.spills == 0
+    made = cubin.compile_kernel(prompts(SHAPE, prefill.configs(SHAPE, dtype, target)[0], dtype), target)
+    assert dtype == "float32" or made.spills == 0
+
+
+@pytest.mark.parametrize(
+    ("heads", "dims", "settings"),
+    [
+        ((32, 32), (128, 128), {}),
+        ((16, 2), (256, 256), {"SOFTCAP": 50.0, "WINDOW": 4096}),
+        ((71, 1), (64, 64), {}),
+        ((14, 2), (80, 96), {"sinks": True}),
+    ],
+    ids=str,
+)
+def test_other_heads_compile_and_do_not_spill(
+    heads: tuple[int, int], dims: tuple[int, int], settings: dict[str, Any]
+) -> None:
+    target = Target.parse("cuda:sm_90")
+    shape = {"HQ": heads[0], "HKV": heads[1], "D": dims[0], "DV": dims[1], "PAGE": 64}
+    config = decode.configs(shape, "bfloat16", target)[0]
+    assert cubin.compile_kernel(decoding(target, shape, config, "bfloat16", **settings), target).spills == 0
+    config = prefill.configs(shape, "bfloat16", target)[0]
+    assert cubin.compile_kernel(prompts(shape, config, "bfloat16", **settings), target).spills == 0
+
+
+def test_keys_and_values_arrive_by_asynchronous_copies_of_16_bytes(tmp_path: Path) -> None:
+    target = Target.parse("cuda:sm_90")
+    config = decode.configs(SHAPE, "bfloat16", target)[0]
+    code = machine_code(cubin.compile_kernel(decoding(target, SHAPE, config, "bfloat16"), target), tmp_path)
+    copies = re.findall(r"LDGSTS[.\w]*", code)
+    assert len(copies) >= 2 * config["BLOCK_T"] * 128 * 2 // (16 * 32 * config["num_warps"])
+    assert all(".128" in copy for copy in copies)
+
+
+def test_a_product_from_registers_has_ended_before_they_are_used_again(tmp_path: Path) -> None:
+    target = Target.parse("cuda:sm_90")
+    config = prefill.configs(SHAPE, "bfloat16", target)[0]
+    drained, plain = (
+        cubin.compile_kernel(prompts(SHAPE, {**config, "DRAIN": drain}, "bfloat16"), target) for drain in (1, 0)
+    )
+    assert config["DRAIN"] == 1
+    waits = [len(re.findall(r"WARPGROUP\.DEPBAR", machine_code(made, tmp_path))) for made in (drained, plain)]
+    assert waits[0] > waits[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"D": 512}, "head size 512"), ({"PAGE": 24}, "power of two"), ({"HQ": 20}, "no whole group")],
+)
+def test_what_is_not_taken_has_a_reason(change: dict[str, int], reason: str) -> None:
+    target = Target.parse("cuda:sm_90")
+    for module in (decode, prefill):
+        assert reason in (module.supports({**SHAPE, **change}, "bfloat16", target) or "")
+        assert module.supports(SHAPE, "bfloat16", target) is None
+        assert "float64" in (module.supports(SHAPE, "float64", target) or "")
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "low", "high"),
+    [(1, 512, 8, 8), (1, 1024, 16, 16), (1, 131072, 64, 66), (8, 32768, 8, 8), (64, 8192, 1, 1), (64, 64, 1, 1)],
+)
+def test_parts_fill_the_gpu_and_none_is_empty(batch: int, context: int, low: int, high: int) -> None:
+    parts = decode.splits(batch, 8, context, Target.parse("cuda:sm_90"))
+    assert low <= parts <= high
+    chunk = math.ceil(context / parts / 64) * 64
+    assert (parts - 1) * chunk < context
