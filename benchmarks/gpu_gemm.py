@@ -336,8 +336,7 @@ def main() -> None:
         print(accept(args.accept))
         return
     args.tokens = sorted({*args.tokens, *args.chain_tokens}) if args.only != "sweep" else args.tokens
-    # the number of devices is asked of the driver only after the worker processes have been forked
-    if not Path("/dev/nvidiactl").exists():
+    if not torch.cuda.device_count():
         print("no NVIDIA GPU here: nothing measured")
         return
     started = time.time()

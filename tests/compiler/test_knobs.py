@@ -32,6 +32,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch):
         "bisect": None,
         "provider": None,
         "cache": Path("/x/llmopt"),
+        "tune": "cached",
     }
 
 
@@ -50,6 +51,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch):
         ("provider", "", None),
         ("dump", "/some/folder", Path("/some/folder")),
         ("cache", "~/kernels", Path.home() / "kernels"),
+        ("tune", "off", "off"),
     ],
 )
 def test_values_are_read_when_asked(monkeypatch: pytest.MonkeyPatch, name: str, text: str, value: object):
@@ -72,6 +74,7 @@ def test_values_are_read_when_asked(monkeypatch: pytest.MonkeyPatch, name: str, 
         ("provider", "cpp,,reference"),
         ("dump", __file__),
         ("cache", __file__),
+        ("tune", "search"),
     ],
 )
 def test_bad_values_say_what_was_wanted(monkeypatch: pytest.MonkeyPatch, name: str, text: str):
