@@ -51,14 +51,9 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 def random_model(shape: str, device: str, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
     """A model of this shape, matrices N(0, 0.02), norms 1 + N(0, 0.02), made where it runs."""
     make, settings = SHAPES[shape]
-    config = make(**settings, **({} if layers is None else {"num_hidden_layers": layers}))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-    finally:
-        torch.set_default_dtype(before)
+    config = make(**(settings if layers is None else {**settings, "num_hidden_layers": layers}))
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     generator = torch.Generator(device).manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
