@@ -222,9 +222,12 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
     """Constants worth trying, the default first. `shape` as for `supports`, N the tokens."""
     heads = triton.next_power_of_2(shape["HQ"] // shape["HKV"])
     wide = max(16, triton.next_power_of_2(max(shape["D"], shape["DV"])))
-    if dtype == "float32" or heads > 16 or wide > 128:
-        # products on the plain cores, or more registers a key: four warps share the tile
-        tried = [(1, 32, 4, 2, 0), (0, 32, 4, 2, 0)]
+    if dtype == "float32":
+        # products on the plain cores: small tiles, or they spill
+        tried = [(0, 16, 4, 3, 0), (0, 32, 8, 3, 0), (0, 16, 4, 2, 0)]
+    elif heads > 16 or wide > 128:
+        # more registers a key: four warps share the tile
+        tried = [(0, 32, 4, 2, 0), (1, 32, 4, 2, 0), (0, 32, 4, 3, 0), (0, 64, 4, 2, 0)]
     else:
         tried = [(1, 32, 1, 3, 0), (1, 32, 1, 3, 1), (0, 32, 1, 3, 0), (0, 32, 1, 3, 1), (1, 32, 1, 4, 0)]
         tried += [(swap, 64, 2, 3, peel) for swap in (1, 0) for peel in (0, 1)]

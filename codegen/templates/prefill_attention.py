@@ -129,10 +129,13 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
     if dtype == "float32":
         tried = [(32, 32, 4, 2)]
     elif wide > 128:
-        tried = [(64, 32, 4, 2), (128, 32, 8, 2), (64, 64, 4, 2)]
-    else:
+        tried = [(128, 32, 8, 2), (64, 32, 4, 2)]
+    elif "wgmma" in target.features:
         tried = [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2)]
-    drain = int(target.isa == "sm_90" and dtype != "float32")
+    else:
+        # the queries lie in registers: less room for scores
+        tried = [(64, 32, 4, 3), (128, 32, 8, 3), (64, 32, 4, 2), (128, 32, 8, 2)]
+    drain = int("wgmma" in target.features and dtype != "float32")
     room = [t for t in tried if t[3] * t[1] * wide * 4 + t[0] * wide * 2 <= target.shared_bytes] or tried[-1:]
     return [
         {"BLOCK_Q": block_q, "BLOCK_T": block_t, "DRAIN": drain, "num_warps": warps, "num_stages": stages}

@@ -45,20 +45,18 @@ def constants(shape: dict[str, int], settings: dict[str, Any], config: dict[str,
 
 
 def decoding(
-    target: Target, shape: dict[str, int], config: dict[str, Any], dtype: str, sinks: bool = False, **s: Any
+    target: Target, shape: dict[str, int], config: dict[str, Any], dtype: str, sinks: bool = False, **settings: Any
 ) -> Kernel:
     p = {"bfloat16": "*bf16", "float32": "*fp32"}[dtype]
-    types = {
-        "k_pages": p, "v_pages": p, "tables": "*i64", "positions": "*i64", "slots": "*i64",
-        **({"sinks": p} if sinks else {}), "out": p, "partial": "*fp32", "lse": "*fp32", "tickets": "*i32", "e0": p, "e1": p, "e2": p, "N": "i32", "M": "i32",
-        "SPLITS": "i32",
-    }  # fmt: skip
+    types = {"k_pages": p, "v_pages": p, "tables": "*i64", "positions": "*i64", "slots": "*i64"}
+    types |= {**({"sinks": p} if sinks else {}), "out": p, "partial": "*fp32", "lse": "*fp32", "tickets": "*i32"}
+    types |= {"e0": p, "e1": p, "e2": p, "N": "i32", "M": "i32", "SPLITS": "i32"}
     pdl = "pdl" in target.features
     none = tuple((name, None) for name in ("e3", "e4", "e5", *(() if sinks else ("sinks",))))
     hooks = (("LOAD_Q", "load_q"), ("LOAD_K", "load_k"), ("LOAD_V", "load_v"))
     return Kernel(
         "decode_attention:decode_attention", tuple(types.items()),
-        (*constants(shape, s, config), ("PDL", pdl), *none), hooks, HOOKS,
+        (*constants(shape, settings, config), ("PDL", pdl), *none), hooks, HOOKS,
         config["num_warps"], config["num_stages"], pdl,
     )  # fmt: skip
 
