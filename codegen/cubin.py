@@ -154,7 +154,7 @@ def _fitting(cubin: Cubin, kernel: Kernel, target: Target) -> Cubin:
 def describe(kernel: Kernel, isa: str) -> str:
     """A kernel in one line, for messages."""
     options = (("num_warps", kernel.num_warps), ("num_stages", kernel.num_stages))
-    constants = ", ".join(f"{name}={value}" for name, value in (*kernel.constants, *options))
+    constants = ", ".join(f"{name}={value}" for name, value in (*kernel.constants, *options) if value is not None)
     return f"kernel {kernel.template}({constants}) for {isa}"
 
 

@@ -215,6 +215,27 @@ def bisect(
 
 @app.command()
 @guarded
+def kernels(
+    model: Either,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="As in compile; an artifact has its own.")
+    ] = None,
+    target: TargetName = None,
+    dtype: DType = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the GPU kernels of a model or an artifact, and what each was compiled to. Needs no GPU.
+
+    [dim]llmopt kernels meta-llama/Llama-3.2-1B --target cuda:sm_90[/dim]
+    """
+    from llmopt.commands.kernels import list_kernels
+
+    list_kernels(model, recipe, target, dtype, as_json)
+
+
+@app.command()
+@guarded
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe in full, as YAML.")] = None,
     as_json: Json = False,
