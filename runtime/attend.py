@@ -20,11 +20,11 @@ LONG = 256
 
 
 class Run(NamedTuple):
-    """Tokens first .. first + count - 1 of a step: consecutive positions, from `position`, of table row `row`."""
+    """`tokens` tokens from `first` on of a step: consecutive positions, from `position`, of table row `row`."""
 
     row: int
     first: int
-    count: int
+    tokens: int
     position: int
 
 
@@ -51,9 +51,9 @@ class StepLayout:
         """int32 [T, 4] on the device, for `prefill_attention`: the runs cut into at most `block_q` tokens; kept."""
         if block_q not in self._tiles:
             cut = [
-                (run.row, run.first + i, min(block_q, run.count - i), run.position + i)
+                (run.row, run.first + i, min(block_q, run.tokens - i), run.position + i)
                 for run in self.runs
-                for i in range(0, run.count, block_q)
+                for i in range(0, run.tokens, block_q)
             ]
             self._tiles[block_q] = torch.tensor(cut, dtype=torch.int32).to(self.device)
         return self._tiles[block_q]
@@ -61,7 +61,7 @@ class StepLayout:
     @property
     def long(self) -> bool:
         """Are the runs so long that `flash` is faster than tiles over pages?"""
-        return sum(run.count for run in self.runs) >= LONG * len(self.runs)
+        return sum(run.tokens for run in self.runs) >= LONG * len(self.runs)
 
 
 def flash(
@@ -73,13 +73,13 @@ def flash(
     """
     size = k_pages.shape[2]
     for run in layout.runs:
-        length = run.position + run.count
+        length = run.position + run.tokens
         pages = tables[run.row, : -(-length // size)]
         k, v = (p[pages].transpose(0, 1).flatten(1, 2)[None, :, :length] for p in (k_pages, v_pages))
-        x = q[run.first : run.first + run.count].transpose(0, 1)[None]
+        x = q[run.first : run.first + run.tokens].transpose(0, 1)[None]
         if run.position == 0:
             y = scaled_dot_product_attention(x, k, v, is_causal=True, scale=scale, enable_gqa=True)
         else:
-            mask = causal_lower_right(run.count, length)
+            mask = causal_lower_right(run.tokens, length)
             y = scaled_dot_product_attention(x, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-        out[run.first : run.first + run.count] = y[0].transpose(0, 1)
+        out[run.first : run.first + run.tokens] = y[0].transpose(0, 1)
