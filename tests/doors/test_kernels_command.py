@@ -1,0 +1,62 @@
+"""A model compiled for a GPU that is not there, into an artifact, and its kernels listed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import llmopt
+from llmopt.commands.kernels import list_kernels
+from llmopt.commands.model import compile_to
+from llmopt.compiler.errors import InputError, TargetError
+from llmopt.runtime.gpu_code import SHAPES
+
+PICO = str(Path(__file__).resolve().parents[2] / "examples" / "models" / "pico-llama-4m")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("artifact") / "pico"
+    compile_to(PICO, path, "default", "cuda:sm_90", "bfloat16", as_json=True)
+    return path
+
+
+@pytest.mark.xcompile
+def test_an_artifacts_kernels_are_listed_without_compiling(saved, capsys, monkeypatch):
+    from llmopt.codegen import cubin
+
+    monkeypatch.setattr(cubin, "compile_all", None)
+    list_kernels(str(saved), None, None, None, as_json=True)
+    calls = json.loads(capsys.readouterr().out)["calls"]
+    kernels = [c for c in calls if c["kernel"]]
+    assert {shape for c in calls for shape in c["classes"]} == set(SHAPES)
+    assert {c["kernel"].split(":")[0] for c in kernels} >= {"gemv", "gemm", "decode_attention", "rows", "sample"}
+    assert all(c["registers"] > 0 and c["cubin_bytes"] > 0 and c["instructions"] > 0 for c in kernels)
+    assert sum(c["instructions"] % 8 == 0 for c in kernels) < len(kernels) / 2, "padding is counted"
+    list_kernels(str(saved), None, None, None, as_json=False)
+    text = capsys.readouterr().out
+    assert "kernels for cuda:sm_90" in text
+    assert re.search(r"torch: linear", text)
+
+
+@pytest.mark.xcompile
+def test_an_artifact_for_a_gpu_needs_one_to_run(saved, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if __import__("torch").cuda.is_available():
+        pytest.skip("this process has a GPU open")
+    with pytest.raises(TargetError, match="it was compiled for cuda:sm_90; this machine has no GPU to use"):
+        llmopt.load(saved)
+
+
+@pytest.mark.xcompile
+def test_an_artifact_takes_no_options(saved):
+    with pytest.raises(InputError, match="leave out --recipe and --target"):
+        list_kernels(str(saved), "default", "cuda:sm_90", None, as_json=True)
+
+
+def test_a_cpu_has_no_kernels():
+    with pytest.raises(InputError, match="--target cuda:sm_90"):
+        list_kernels(PICO, None, "cpu:generic", None, as_json=True)
