@@ -75,6 +75,9 @@ def reason_against(node: fx.Node) -> str | None:
         return "rows are chosen by a copy"
     if any(_is_double(n) for n in (node, *node.all_input_nodes)):
         return "float64"
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and all(isinstance(size, int) for size in value.shape):
+        return "the same in every step, and not folded into a weight"
     for source in node.all_input_nodes:
         while is_view(source):
             if (reason := why_not(source)) is not None:

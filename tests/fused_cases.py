@@ -29,12 +29,12 @@ PAGE = 16
 
 
 @functools.cache
-def lowered(family: str) -> Program:
+def lowered(family: str, dtype: torch.dtype = torch.float32, target: Target = TARGET) -> Program:
     """A small random model of a family (tests/models/families.py), lowered for a GPU."""
     (found,) = (f for f in FAMILIES if f.name == family)
     recipe = RECIPES["default"]
     pipeline = Pipeline(recipe.build(PASSES), [verify_hook])
-    return pipeline.run(capture_model(found.model()), Context(TARGET, recipe, None))
+    return pipeline.run(capture_model(found.model().to(dtype)), Context(target, recipe, None))
 
 
 def regions(program: Program) -> list[str]:
@@ -96,11 +96,11 @@ def reference(graph: Graph, inputs: list[Tensor], wide: bool) -> dict[str, Tenso
     """Outputs by `out{i}` and written pages by `in{i}`, as torch computes them node by node; in fp64 if `wide`."""
 
     def cast(arg: Any) -> Any:
-        return torch.float64 if wide and arg is torch.float32 else arg
+        return torch.float64 if wide and isinstance(arg, torch.dtype) and arg.is_floating_point else arg
 
     values: dict[fx.Node, Any] = {}
     for node, value in zip(graph.inputs(), inputs, strict=True):
-        values[node] = value.double() if wide and value.dtype == torch.float32 else value.clone()
+        values[node] = value.double() if wide and value.is_floating_point() else value.clone()
     places = {n: f"in{i}" for i, n in enumerate(graph.inputs())}
     found: dict[str, Tensor] = {}
     for node in graph.calls():
@@ -112,9 +112,9 @@ def reference(graph: Graph, inputs: list[Tensor], wide: bool) -> dict[str, Tenso
     return {**found, **{f"out{i}": values[n] for i, n in enumerate(graph.outputs())}}
 
 
-def run(graph: Graph, inputs: list[Tensor], step: Step, parts: int = 1) -> dict[str, Tensor]:
+def run(graph: Graph, inputs: list[Tensor], step: Step, parts: int = 1, target: Target = TARGET) -> dict[str, Tensor]:
     """The same from the region's code, its kernels interpreted."""
-    code = region_code(graph, step.shape, TARGET)
+    code = region_code(graph, step.shape, target)
     inputs = [value.clone() for value in inputs]
     layout = StepLayout.of(torch.tensor(step.sequences), torch.tensor(step.positions)[None])
     frame = Frame({**step.sizes(), "SPLITS": parts}, layout)
