@@ -86,6 +86,12 @@ class GpuStep:
         self._region(SAMPLE, shape)([logits, *(v[:rows] for v in vectors), tables, tokens, positions, slots])
         return logits
 
+    @property
+    def decodes(self) -> bool:
+        """Can `decode` run, and be captured? Not where attention was left to torch, whose way depends on values."""
+        graph = self.code.program.graph("step")
+        return not any(target_name(n) in ("attend", "kv_write") for n in graph.calls())
+
     def parts(self, rows: int, length: int) -> int:
         """Parts to split the keys of `length` tokens into; lengths are rounded up, so that few graphs are captured."""
         rounded = max(SHORTEST, 1 << (length - 1).bit_length())

@@ -73,9 +73,10 @@ def open_session(
     step: Executor | GpuStep
     if isinstance(code, GpuCode):
         step = GpuStep(code, weights, current, launcher or _cuda_launcher(code), place)
-        most = min(64, recipe.dims.sequences[1])
-        state = DecodeState(most, cache.pages_for(program.facts.context_length), cache.page_size, place)
-        decoder = DecodeGraphs(partial(step.decode, state), state, step.parts)
+        if step.decodes:
+            most = min(64, recipe.dims.sequences[1])
+            state = DecodeState(most, cache.pages_for(program.facts.context_length), cache.page_size, place)
+            decoder = DecodeGraphs(partial(step.decode, state), state, step.parts)
     else:
         step = Executor(program.graph("step"), weights, current, code, place)
     return Session(place, weights, cache, step, decoder, _engine(program, recipe, step, cache, decoder))
