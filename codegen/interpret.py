@@ -33,6 +33,6 @@ def launcher(kernel: Kernel) -> Launch:
                 f"kernel {kernel.template} takes {len(names)} arguments ({', '.join(names)}), got {len(args)}"
             )
         if all(grid):
-            function[grid](**dict(zip(names, args, strict=True)), **fixed)  # type: ignore[index]
+            function[grid](**dict(zip(names, args, strict=True)), **fixed)
 
     return launch

@@ -68,7 +68,7 @@ class Kernel:
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Kernel:
         """Read `to_data`'s form."""
-        pairs = {k: tuple(tuple(p) for p in data[k]) for k in ("types", "constants", "hooks")}
+        pairs: dict[str, Any] = {k: tuple(tuple(p) for p in data[k]) for k in ("types", "constants", "hooks")}
         rest = {k: data[k] for k in ("template", "source", "num_warps", "num_stages", "pdl")}
         return cls(**pairs, **rest)
 
