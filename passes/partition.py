@@ -231,27 +231,30 @@ class _Partition:
         one = self._results(inside) == [last] and len(parts) <= 2
         return one and few and self._is_interval(inside) and self._pays(inside[:best], inside[best:])
 
-    def _before(self, product: fx.Node, inside: list[fx.Node]) -> list[fx.Node]:
+    def _before(self, product: fx.Node, behind: list[fx.Node]) -> list[fx.Node]:
         """The kernel with what makes the product's operand: one norm, casts of its result, pointwise nodes before."""
         start = base(product.args[0])  # type: ignore[arg-type]
         shape = _rows_and_width(product.args[0])  # type: ignore[arg-type]
-        node, chain = start, []
-        while short_name(node) in CASTS and self._joins(node, [*inside, *chain]):
-            chain.append(node)
+        front, node = [product], start
+        while short_name(node) in CASTS and self._joins(node, front):
+            front.append(node)
             node = base(node.args[0])  # type: ignore[arg-type]
-        norm = short_name(node) == "rms_norm" and self._joins(node, [*inside, *chain])
-        if norm and _rows_and_width(node) == shape and self._pays(inside, [*chain, node]):
-            inside = [*inside, *chain, node]
+        norm = short_name(node) == "rms_norm" and self._joins(node, front) and _rows_and_width(node) == shape
+        if norm and self._pays(behind, [*front[1:], node]):
+            front.append(node)
             start = base(node.args[0])  # type: ignore[arg-type]
+        else:
+            front = [product]
         pending = {start} & set(self.units)
         while pending:
             node = max(pending, key=self.at.__getitem__)
             pending.remove(node)
-            fits = self._joins(node, inside) and _is_pointwise(node) and _rows_and_width(node) == shape
+            inside = [*behind, *front[1:]]
+            fits = self._joins(node, front) and _is_pointwise(node) and _rows_and_width(node) == shape
             if fits and len(self._reads([*inside, node])) - 1 <= OPERANDS["gemm"] and self._pays(inside, [node]):
-                inside = [*inside, node]
+                front.append(node)
                 pending |= set(self.flow.predecessors(node))
-        return inside
+        return [*behind, *front[1:]]
 
     # --- the rest
 
