@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 # tokens a run has on average for torch's kernel, with its gathered keys and its launches for each run, to be faster
@@ -80,6 +79,8 @@ def flash(
         if run.position == 0:
             y = scaled_dot_product_attention(x, k, v, is_causal=True, scale=scale, enable_gqa=True)
         else:
+            from torch.nn.attention.bias import causal_lower_right  # here, as it imports all of torch._dynamo
+
             mask = causal_lower_right(run.tokens, length)
             y = scaled_dot_product_attention(x, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
         out[run.first : run.first + run.tokens] = y[0].transpose(0, 1)
