@@ -29,7 +29,7 @@ VIEWS = frozenset({
     "narrow", "split", "split_with_sizes", "chunk", "unbind", "flatten", "unflatten",
 })  # fmt: skip
 CASTS = frozenset({"to", "_to_copy"})
-OPERANDS = {"gemm": 6, "attention": 6, "rows": 8}  # tensors a template's hooks may read
+OPERANDS = {"gemm": 6, "rows": 8}  # tensors a template's hooks may read
 OUTPUTS = 4  # tensors a kernel over rows may write
 HORIZON = 24  # nodes tried behind a product
 
@@ -93,7 +93,12 @@ def _not_linear(node: fx.Node) -> str | None:
 def _not_attend(node: fx.Node) -> str | None:
     alone = all(short_name(n) == "kv_write" and len(n.users) <= 2 for n in node.args[1:3])  # type: ignore[arg-type]
     users = {u for n in node.args[1:3] for u in n.users if u.op != "output"}  # type: ignore[union-attr]
-    return None if alone and users == {node} else "others read its pages too"
+    if not alone or users != {node}:
+        return "others read its pages too"
+    (_, q_heads, _, size), (_, heads, page, _) = (n.meta["val"].shape for n in node.args[:2])  # type: ignore[union-attr]
+    if max(size, node.meta["val"].shape[-1]) > 256 or q_heads % heads or page & (page - 1):
+        return "heads of more than 256 channels, groups of unequal size, or pages of no power of two"
+    return None
 
 
 def _not_write(node: fx.Node) -> str | None:
@@ -192,19 +197,16 @@ class _Partition:
     def _attention(self, attend: fx.Node) -> list[fx.Node]:
         """An attend, the writes it reads, and what turns a product's result into q, k and v."""
         writes = [n for n in self.flow.predecessors(attend) if short_name(n) == "kv_write"]
-        core = [attend, *writes]
-        inside = dict.fromkeys(core)
+        inside = dict.fromkeys([attend, *writes])
         channels = {int(n.meta["val"].shape[-1]) for n in (attend.args[0], *writes)}  # type: ignore[union-attr]
-        pending = {s for n in core for s in self.flow.predecessors(n)} - set(core)
+        pending = {s for n in inside for s in self.flow.predecessors(n)} - set(inside)
         while pending:
             node = max(pending, key=self.at.__getitem__)
             pending.remove(node)
             if node in self.hidden and self._joins(node, inside) and _is_of_heads(node, channels):
                 inside[node] = None
                 pending |= set(self.flow.predecessors(node))
-        others = {n for c in core for n in c.all_input_nodes if n.op in ("placeholder", "get_attr")}
-        read = [n for n in self._reads(inside) if n not in others]
-        return list(inside) if len(read) <= OPERANDS["attention"] else core
+        return list(inside)
 
     # --- products
 

@@ -69,6 +69,22 @@ def test_a_product_too_wide_for_a_kernel_s_tensors_is_torch_s_between_kernels_ov
     check(graph, Step.decoding("8", (0, 17, 33)))
 
 
+def test_q_k_and_v_made_ahead_where_they_take_too_many_tensors() -> None:
+    """Queries, keys and values of tensors of their own each, with cos and sin and the norms' weights: seven in all."""
+    graph = lowered("Qwen3").graph("attention").copy()
+    first = graph.inputs()[0]
+    for getitem in list(graph.calls("getitem")):
+        with graph.fx.inserting_before(first):
+            own = graph.fx.placeholder(f"own{getitem.args[1]}")
+        own.meta["val"] = getitem.meta["val"]
+        getitem.replace_all_uses_with(own)
+    graph.fx.eliminate_dead_code()
+    graph.fx.erase_node(first)
+    code = region_code(graph, "8", TARGET)
+    assert [call.kernel.template.partition(":")[0] for call in code.calls] == ["rows", "rows", "decode_attention"]
+    check(graph, Step.decoding("8", (0, 17, 33)))
+
+
 def check(graph: Graph, step: Step, parts: int = 1, target: Target = TARGET) -> None:
     """At most four times as far from fp64 as torch is, node by node in the graph's own dtype."""
     torch.manual_seed(0)

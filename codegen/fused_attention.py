@@ -1,0 +1,136 @@
+"""Attention: q, k and v made where they are used in decoding; elsewhere tiles of queries over the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from llmopt.codegen.emit import key_hook, query_hook
+from llmopt.codegen.fused_region import (
+    Argument,
+    FusedRegion,
+    call_of,
+    config_of,
+    dtype_of,
+    keeps_order,
+    passed,
+    type_of,
+)
+from llmopt.codegen.kernel import Buffer, Call, Scalar
+from llmopt.codegen.printer import Operands
+from llmopt.compiler.errors import EmitError
+
+
+def _heads(attend: fx.Node) -> dict[str, int]:
+    q, k, v = (n.meta["val"].shape for n in attend.args[:3])  # type: ignore[union-attr]
+    return {"HQ": q[1], "HKV": k[1], "D": k[3], "DV": v[3], "PAGE": k[2]}
+
+
+def _common(region: FusedRegion, attend: fx.Node) -> tuple[list[Argument], Argument, Argument, dict[str, Scalar]]:
+    """What both templates of attention take: pages and tables, sinks, the result, constants."""
+    k_write, v_write, tables = attend.args[1:4]
+    paged: list[Argument] = [
+        ("k_pages", type_of(k_write), region.argument(k_write.args[0])),  # type: ignore[arg-type, union-attr]
+        ("v_pages", type_of(v_write), region.argument(v_write.args[0])),  # type: ignore[arg-type, union-attr]
+        ("tables", "*i64", region.argument(tables)),  # type: ignore[arg-type]
+    ]
+    sinks, scale, window, softcap = attend.args[6:10]
+    sunk: Argument = ("sinks", None, None)
+    if isinstance(sinks, fx.Node):
+        sunk = ("sinks", type_of(sinks), region.argument(sinks))
+    constants: dict[str, Scalar] = {"SCALE": float(scale), "WINDOW": int(window), "SOFTCAP": float(softcap)}  # type: ignore[arg-type]
+    return paged, sunk, ("out", type_of(attend), f"out{_place_of(region, attend)}"), {**_heads(attend), **constants}
+
+
+def _place_of(region: FusedRegion, attend: fx.Node) -> int:
+    """Which output the attention's result is, token by token. Raises EmitError."""
+    result = region.result()
+    turned = [n for n in _chain(result, attend) if not keeps_order(n)]
+    if len(turned) != 1 or list(turned[0].meta["val"].shape[2:]) != [_heads(attend)["HQ"], _heads(attend)["DV"]]:
+        raise EmitError(f"{attend.name} is returned as {list(result.meta['val'].shape)}; wanted it token by token")
+    return region.graph.outputs().index(result)
+
+
+def _chain(last: fx.Node, first: fx.Node) -> list[fx.Node]:
+    found = []
+    while last is not first:
+        found.append(last)
+        last = last.args[0]  # type: ignore[assignment]
+    return found
+
+
+def attention(region: FusedRegion, tokens: int) -> None:
+    """One kernel; where it cannot make q, k and v itself (they take too many tensors), kernels over rows ahead do."""
+    (attend,) = region.graph.calls("attend")
+    made = attend.args[0], attend.args[1].args[1], attend.args[2].args[1]  # type: ignore[union-attr]
+    try:
+        call = _kernel(region, attend, made, tokens)  # type: ignore[arg-type]
+    except EmitError:
+        del region.temporaries[:]
+        call = _kernel(region, attend, _stored_by_token(region, made), tokens)  # type: ignore[arg-type]
+    region.calls.append(call)
+
+
+def _stored_by_token(region: FusedRegion, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes [1, H, N, D] again, as views of temporaries [1, N, H, D]."""
+    places: dict[fx.Node, str] = {}
+    views = []
+    for node in nodes:
+        with region.graph.fx.inserting_after(node):
+            turned = region.graph.fx.call_function(torch.ops.aten.transpose.int, (node, 1, 2))
+        turned.meta["val"] = node.meta["val"].transpose(1, 2)
+        places[turned] = region.temporary(region.buffer(turned))
+        with region.graph.fx.inserting_after(turned):
+            views.append(region.graph.fx.call_function(torch.ops.aten.transpose.int, (turned, 1, 2)))
+        views[-1].meta["val"] = node.meta["val"]
+    region.rows(places, "N")
+    region.stored.update(places)
+    return views
+
+
+def _kernel(region: FusedRegion, attend: fx.Node, made: Sequence[fx.Node], tokens: int) -> Call:
+    """`made`: q, and the token's own k and v."""
+    paged, sinks, out, constants = _common(region, attend)
+    operands = Operands()
+    printers = {"LOAD_Q": query_hook, "LOAD_K": key_hook, "LOAD_V": key_hook}
+    hooks = {k: hook(operands, n, region.stored) for (k, hook), n in zip(printers.items(), made, strict=True)}
+    heads = _heads(attend)
+    template = "decode_attention:decode_attention"
+    config = config_of(region, template, {**heads, "N": tokens}, dtype_of(attend))
+    arguments: list[Argument] = [
+        *paged,
+        ("positions", "*i64", region.argument(attend.args[5])),  # type: ignore[arg-type]
+        ("slots", "*i64", region.argument(attend.args[1].args[2])),  # type: ignore[arg-type, union-attr]
+        sinks,
+        out,
+        ("partial", "*fp32", region.temporary(Buffer((f"N * SPLITS * {heads['HQ'] * heads['DV']}",), "float32"))),
+        ("lse", "*fp32", region.temporary(Buffer((f"N * SPLITS * {heads['HQ'] * 2}",), "float32"))),
+        ("tickets", "*i32", region.temporary(Buffer((f"N * {heads['HKV']}",), "int32", kept=True))),
+        *passed(region, operands),
+        *((name, "i32", name) for name in ("N", "M", "SPLITS")),
+    ]
+    return call_of(template, heads, config, arguments, {**constants, "PDL": region.pdl}, hooks)
+
+
+def many_attention(region: FusedRegion) -> None:
+    """q made and k and v stored by kernels over rows, then attention over tiles of queries."""
+    (attend,) = region.graph.calls("attend")
+    q, writes = attend.args[0], attend.args[1:3]
+    paged, sinks, out, constants = _common(region, attend)
+    heads = _heads(attend)
+    made = region.temporary(region.buffer(q, ("N", heads["HQ"], heads["D"])))  # type: ignore[arg-type]
+    pages = {n: region.argument(n.args[0]) for n in writes}  # type: ignore[union-attr, arg-type]
+    region.rows({q: made, **pages}, "N", by_token=(q,))  # type: ignore[dict-item, arg-type]
+    arguments: list[Argument] = [
+        ("q", type_of(q), made),  # type: ignore[arg-type]
+        *paged,
+        ("tiles", "*i32", "tiles"),
+        sinks,
+        out,
+        ("M", "i32", "M"),
+    ]
+    template = "prefill_attention:prefill_attention"
+    config = config_of(region, template, heads, dtype_of(attend))
+    region.calls.append(call_of(template, heads, config, arguments, constants, {}))

@@ -1,0 +1,106 @@
+"""Products: one kernel in decoding, elsewhere torch's product between kernels over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from llmopt.codegen.emit import epilogue_hook, load_g_hook, load_x_hook, per_token
+from llmopt.codegen.fused_region import (
+    CASTS,
+    Argument,
+    FusedRegion,
+    call_of,
+    calls_any,
+    config_of,
+    dtype_of,
+    keeps_order,
+    passed,
+    template_of,
+    type_of,
+)
+from llmopt.codegen.kernel import Buffer, Call, Scalar
+from llmopt.codegen.printer import Operands
+from llmopt.compiler.errors import EmitError
+
+
+def product(region: FusedRegion, tokens: int) -> None:
+    """One kernel; where no template takes it, torch's product between two kernels over rows."""
+    (linear,) = region.graph.calls("linear")
+    kept = len(region.calls)
+    try:
+        region.calls.append(_kernel(region, linear, tokens))
+    except EmitError:
+        del region.calls[kept:], region.temporaries[:]
+        many_product(region)
+
+
+def _kernel(region: FusedRegion, linear: fx.Node, tokens: int) -> Call:
+    result = region.result()
+    x, norm = _operand(linear)
+    operands = Operands()
+    load_x = load_x_hook(operands, x, region.stored)
+    load_g = load_g_hook(operands, norm, region.stored) if norm is not None else None
+    epilogue, offsets = epilogue_hook(operands, result, linear, region.stored)
+    weight = linear.args[1]
+    sizes = {"K": weight.meta["val"].shape[1], "J": per_token(result), "PARTS": len(offsets), "N": tokens}  # type: ignore[union-attr]
+    sizes["NORM"] = int(norm is not None)
+    template = "gemv:gemv" if tokens == 1 else "gemm:gemm"
+    config = config_of(region, template, sizes, dtype_of(weight))  # type: ignore[arg-type]
+    arguments: list[Argument] = [
+        ("w", type_of(weight), region.argument(weight)),  # type: ignore[arg-type]
+        ("y", type_of(result), "out0"),
+        *passed(region, operands),
+        ("N", "i32", region.tokens(linear)),
+    ]
+    if template == "gemm:gemm":
+        arguments += _scratch(region, sizes, config)
+    constants: dict[str, Scalar] = {
+        **{k: sizes[k] for k in ("K", "J", "PARTS", "NORM")},
+        "OFFSET0": offsets[0],
+        "OFFSET1": offsets[-1],
+        "EPS": 0.0 if norm is None else float(norm.args[2]),  # type: ignore[arg-type]
+        "PDL": region.pdl,
+    }
+    hooks = {"LOAD_X": load_x, "LOAD_G": load_g, "EPILOGUE": epilogue}
+    return call_of(template, sizes, config, arguments, constants, hooks)
+
+
+def _operand(linear: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """(x, the norm of x in front of the product or None); casts of the norm's result are the kernel's business."""
+    node = linear.args[0]
+    while calls_any(node, CASTS) or keeps_order(node):  # type: ignore[arg-type]
+        node = node.args[0]  # type: ignore[union-attr]
+    if calls_any(node, {"rms_norm"}):  # type: ignore[arg-type]
+        return node.args[0], node  # type: ignore[return-value, union-attr]
+    return linear.args[0], None  # type: ignore[return-value]
+
+
+def _scratch(region: FusedRegion, sizes: Mapping[str, int], config: Mapping[str, Any]) -> list[Argument]:
+    tickets, partial = template_of("gemm:gemm").scratch(sizes, config)
+    if not tickets:
+        return [("tickets", None, None), ("partial", None, None)]
+    return [
+        ("tickets", "*i32", region.temporary(Buffer((tickets,), "int32", kept=True))),
+        ("partial", "*fp32", region.temporary(Buffer((partial,), "float32"))),
+    ]
+
+
+def many_product(region: FusedRegion) -> None:
+    """The operand made, torch's product, the result made; the first and last only where there is something to do."""
+    (linear,) = region.graph.calls("linear")
+    x, weight = linear.args[:2]
+    result, tokens = region.result(), region.tokens(linear)
+    place = region.place(x)  # type: ignore[arg-type]
+    if place is None:
+        place = region.temporary(region.buffer(x))  # type: ignore[arg-type]
+        region.rows({x: place}, tokens)  # type: ignore[dict-item]
+    region.stored[linear] = "out0"
+    alone = region.place(result) is not None
+    if not alone:
+        region.stored[linear] = region.temporary(region.buffer(linear))
+    region.calls.append(Call((place, region.argument(weight), region.stored[linear]), op="linear"))  # type: ignore[arg-type]
+    if not alone:
+        region.rows({result: "out0"}, tokens)
