@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from llmopt.codegen.splits import splits as splits_for
 from llmopt.codegen.templates import decode_attention as decode
 from llmopt.codegen.templates import prefill_attention as prefill
 from llmopt.compiler.target import Target
@@ -106,7 +107,7 @@ def repeat(configs: list[dict[str, Any]], target: Target) -> dict[str, int]:
     """Calls out of 300, back to back, whose bits differ from the first one's."""
     case, wrong = Decode(8, 4096, 16), {}
     for config in configs:
-        splits = decode.splits(8, HKV, 4096, target)
+        splits = splits_for(8, HKV, 4096, target)
         case.launch(config, splits)
         first, unlike = case.out.clone(), torch.zeros((), device="cuda", dtype=torch.int64)
         for _ in range(300):
@@ -162,7 +163,7 @@ def decode_row(
 ) -> dict[str, Any]:
     """Every configuration at two numbers of parts, in a graph of four launches; peers in turns with the best."""
     torch.compiler.reset()  # a limit on recompilations would end FlexAttention's compiled form
-    case, base = Decode(batch, context, page), decode.splits(batch, HKV, context, target)
+    case, base = Decode(batch, context, page), splits_for(batch, HKV, context, target)
     tried: dict[str, float] = {}
     best: tuple[float, Callable[[], object]] = (float("inf"), lambda: None)
     for config in configs:

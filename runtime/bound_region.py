@@ -119,6 +119,6 @@ def _block_of(call: Call) -> int:
 def _function(call: Call, launcher: Launcher, ops: Ops) -> Callable[..., Any]:
     if call.kernel is not None:
         return launcher(call.kernel)
-    if call.op not in ops:
+    if call.op is None or call.op not in ops:
         raise BuildError(f"a region calls {call.op!r}, which nothing here runs; known are {', '.join(sorted(ops))}")
     return ops[call.op]

@@ -12,9 +12,9 @@ from llmopt.runtime.sampler import SampleRows
 
 
 class NewPage(NamedTuple):
-    """A page that was added to a running sequence: its index in the batch, the table's column, the page."""
+    """A page that was added to a running sequence: its place in the batch, the table's column, the page."""
 
-    index: int
+    place: int
     column: int
     page: int
 
@@ -95,8 +95,8 @@ class DecodeState:
     def add(self, pages: Sequence[NewPage]) -> None:
         """Enter new pages, and the slots of the tokens that come first in them."""
         slots, tables = 2 * self.rows, len(self._VECTORS) * self.rows
-        pairs = [(slots + p.index, p.page * self.page_size) for p in pages]
-        pairs += [(tables + p.index * self.width + p.column, p.page) for p in pages]
+        pairs = [(slots + p.place, p.page * self.page_size) for p in pages]
+        pairs += [(tables + p.place * self.width + p.column, p.page) for p in pages]
         count = len(pairs)
         self._patch[:, :count] = torch.tensor(pairs).T
         index, value = self._patch[:, :count].to(self.device, non_blocking=True)

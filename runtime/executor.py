@@ -46,9 +46,10 @@ def implementation(node: fx.Node, device: torch.device | None = None) -> Callabl
     """
     op = op_of(node.target)
     if op is None:
-        schema = getattr(node.target, "_schema", None)
-        makes = device is not None and schema is not None and any(a.name == "device" for a in schema.arguments)
-        return functools.partial(node.target, device=device) if makes else node.target  # type: ignore[return-value, arg-type]
+        target: Any = node.target
+        arguments = getattr(getattr(target, "_schema", None), "arguments", ())
+        makes = device is not None and any(a.name == "device" for a in arguments)
+        return functools.partial(target, device=device) if makes else target  # type: ignore[no-any-return]
     provider = node.meta.get("provider", "reference")
     if node.meta.get("in_place") and provider == "reference" and op.in_place_fn is not None:
         return op.in_place_fn

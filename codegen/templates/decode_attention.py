@@ -238,15 +238,3 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
          "num_warps": warps, "num_stages": stages}
         for swap, block, warps, stages, peel in tried
     ]  # fmt: skip
-
-
-def splits(batch: int, kv_heads: int, context: int, target: Target) -> int:
-    """Parts to split `context` keys into: every multiprocessor has a program, with 64 keys or more; with 256 keys or
-    more it has four, which keeps memory busy."""
-    pairs = batch * kv_heads
-    few = min(triton.cdiv(target.cores, pairs), triton.cdiv(context, 64))
-    many = min(4 * target.cores // pairs, context // 256)
-    wanted = max(1, few, many)
-    # whole tiles a part: no part is left without keys
-    chunk = triton.cdiv(triton.cdiv(context, wanted), 64) * 64
-    return max(1, triton.cdiv(context, chunk))

@@ -12,6 +12,7 @@ import pytest
 
 from llmopt.codegen import cubin
 from llmopt.codegen.kernel import Kernel
+from llmopt.codegen.splits import splits as splits_for
 from llmopt.codegen.templates import decode_attention as decode
 from llmopt.codegen.templates import prefill_attention as prefill
 from llmopt.compiler.target import Target
@@ -148,7 +149,7 @@ def test_what_is_not_taken_has_a_reason(change: dict[str, int], reason: str) -> 
     [(1, 512, 8, 8), (1, 1024, 16, 16), (1, 131072, 64, 66), (8, 32768, 8, 8), (64, 8192, 1, 1), (64, 64, 1, 1)],
 )
 def test_parts_fill_the_gpu_and_none_is_empty(batch: int, context: int, low: int, high: int) -> None:
-    parts = decode.splits(batch, 8, context, Target.parse("cuda:sm_90"))
+    parts = splits_for(batch, 8, context, Target.parse("cuda:sm_90"))
     assert low <= parts <= high
     chunk = math.ceil(context / parts / 64) * 64
     assert (parts - 1) * chunk < context
