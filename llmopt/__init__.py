@@ -31,12 +31,14 @@ def compile(
     *,
     dtype: str | None = None,
     facts: ModelFacts | None = None,
+    cache_bytes: int | None = None,
 ) -> CompiledModel:
     """Compile a model: a Hugging Face folder or hub id, an `nn.Module` or an `ExportedProgram`.
 
     A module's forward is `(input_ids [B, T], position_ids [B, T]) -> logits [B, T, V]`, without any cache. `dtype` is
     what weights are computed in (`float32`, `bfloat16`, ...; the checkpoint's own by default); `facts` gives vocabulary
-    and context length where they cannot be told from the model. Raises `llmopt.compiler.errors.LlmoptError`.
+    and context length where they cannot be told from the model; `cache_bytes` bounds the KV cache (on a GPU, where it is
+    allocated at once, half of the memory that the weights leave free by default). Raises `llmopt.compiler.errors.LlmoptError`.
     """
     from llmopt.compiler.errors import InputError
     from llmopt.model import CompiledModel
@@ -46,11 +48,15 @@ def compile(
     if calibration is not None:
         raise InputError("calibration data was given, but no pass of this version reads any; leave it out")
     program, report, context = build(src, recipe, target, dtype, facts)
-    return CompiledModel(program, context.recipe, context.target, report, code_for(program, context.target))
+    return CompiledModel(
+        program, context.recipe, context.target, report, code_for(program, context.target), cache_bytes
+    )
 
 
-def load(path: str | os.PathLike[str]) -> CompiledModel:
+def load(path: str | os.PathLike[str], *, cache_bytes: int | None = None) -> CompiledModel:
     """Load an artifact that `CompiledModel.save` or `llmopt compile` wrote; nothing is compiled.
+
+    `cache_bytes` is as for `compile`.
 
     Every file is checked against its hash first; only load artifacts you trust, as their compiled code is run. Raises
     `llmopt.compiler.errors.ArtifactError` (none, damaged, too new) or `TargetError` (built for another machine).
@@ -58,4 +64,4 @@ def load(path: str | os.PathLike[str]) -> CompiledModel:
     from llmopt.model import CompiledModel
     from llmopt.runtime.artifact import load as load_parts
 
-    return CompiledModel(*load_parts(Path(path)))
+    return CompiledModel(*load_parts(Path(path)), cache_bytes)

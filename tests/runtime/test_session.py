@@ -108,3 +108,12 @@ def test_code_is_kernels_only_where_the_step_was_cut_for_a_gpu(program):
 def test_what_runs_a_gpu_program_imports_no_triton():
     lines = "import sys, llmopt.model, llmopt.runtime.artifact, llmopt.runtime.session; print('triton' in sys.modules)"
     assert run([sys.executable, "-c", lines], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_cache_bytes_bounds_the_cache_of_a_model(program):
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=CONTEXT,
+    )  # fmt: skip
+    made = llmopt.compile(LlamaForCausalLM(config), "reference", "cpu", cache_bytes=5 * PAGE_BYTES)
+    assert made.cache.max_pages == 5
