@@ -37,8 +37,10 @@ def compile(
 
     A module's forward is `(input_ids [B, T], position_ids [B, T]) -> logits [B, T, V]`, without any cache. `dtype` is
     what weights are computed in (`float32`, `bfloat16`, ...; the checkpoint's own by default); `facts` gives vocabulary
-    and context length where they cannot be told from the model; `cache_bytes` bounds the KV cache (on a GPU, where it is
-    allocated at once, half of the memory that the weights leave free by default). Raises `llmopt.compiler.errors.LlmoptError`.
+    and context length where they cannot be told from the model; `cache_bytes` bounds the KV cache (on a GPU it
+    is allocated at once; by default half of the memory that the weights leave free).
+
+    Raises `llmopt.compiler.errors.LlmoptError`.
     """
     from llmopt.compiler.errors import InputError
     from llmopt.model import CompiledModel
