@@ -91,9 +91,9 @@ def _not_linear(node: fx.Node) -> str | None:
 
 
 def _not_attend(node: fx.Node) -> str | None:
-    alone = all(short_name(n) == "kv_write" and len(n.users) <= 2 for n in node.args[1:3])  # type: ignore[arg-type]
-    users = {u for n in node.args[1:3] for u in n.users if u.op != "output"}  # type: ignore[union-attr]
-    if not alone or users != {node}:
+    writes: tuple[Any, ...] = node.args[1:3]
+    users = {u for n in writes for u in n.users if u.op != "output"}
+    if any(short_name(n) != "kv_write" for n in writes) or users != {node}:
         return "others read its pages too"
     (_, q_heads, _, size), (_, heads, page, _) = (n.meta["val"].shape for n in node.args[:2])  # type: ignore[union-attr]
     if max(size, node.meta["val"].shape[-1]) > 256 or q_heads % heads or page & (page - 1):
