@@ -37,5 +37,7 @@ def test_one_line_then_the_reference_provider(variables: dict[str, str], reason:
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("llmopt:")]
     assert line.startswith(f"llmopt: {reason}")
     assert line.endswith("; the reference provider runs instead, slowly")
-    expected = llmopt.compile(PICO, recipe="reference", target="cpu", dtype="float32").generate("def main():", max_new_tokens=12)
+    expected = llmopt.compile(PICO, recipe="reference", target="cpu", dtype="float32").generate(
+        "def main():", max_new_tokens=12
+    )
     assert done.stdout.rstrip("\n") == expected.rstrip("\n")
