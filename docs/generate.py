@@ -23,16 +23,12 @@ def result(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())  # type: ignore[no-any-return]
 
 
-def kv_cache_graphs() -> str:
-    """`forward` and `step` of a one-layer Llama around insert-kv-cache."""
+def one_layer_llama() -> Any:
+    """A captured Llama of one layer, random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llmopt.compiler.capture_hf import capture_model
-    from llmopt.compiler.pipeline import Context, Pipeline
-    from llmopt.compiler.recipe import RECIPES
-    from llmopt.compiler.target import Target
-    from llmopt.passes import Canonicalize, InsertKVCache, RaiseAten
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -43,12 +39,38 @@ def kv_cache_graphs() -> str:
         num_key_value_heads=2,
         vocab_size=256,
     )
-    program = capture_model(LlamaForCausalLM(config))
+    return capture_model(LlamaForCausalLM(config))
+
+
+def code(text: str) -> str:
+    """A block of Python."""
+    return f"```python\n{text.strip()}\n```"
+
+
+def kv_cache_graphs() -> str:
+    """`forward` and `step` around insert-kv-cache."""
+    from llmopt.compiler.pipeline import Context, Pipeline
+    from llmopt.compiler.recipe import RECIPES
+    from llmopt.compiler.target import Target
+    from llmopt.passes import Canonicalize, InsertKVCache, RaiseAten
+
     context = Context(Target.parse("cpu:generic"), RECIPES["reference"])
-    before = Pipeline([RaiseAten(), Canonicalize()]).run(program, context)
+    before = Pipeline([RaiseAten(), Canonicalize()]).run(one_layer_llama(), context)
     after = Pipeline([InsertKVCache()]).run(before, context)
     texts = (before.graph("forward").print(provenance=False), after.graph("step").print(provenance=False))
-    return "\n\n".join(f"```python\n{text.strip()}\n```" for text in texts)
+    return "\n\n".join(map(code, texts))
+
+
+def fused_graph() -> str:
+    """`step` after fuse for cuda:sm_90, a line each for the kernels."""
+    from llmopt.compiler.pipeline import Context, Pipeline
+    from llmopt.compiler.recipe import RECIPES
+    from llmopt.compiler.target import Target
+    from llmopt.passes import Canonicalize, Fuse, InsertKVCache, RaiseAten
+
+    context = Context(Target.parse("cuda:sm_90"), RECIPES["default"])
+    passes = [RaiseAten(), Canonicalize(), InsertKVCache(), Fuse()]
+    return code(Pipeline(passes).run(one_layer_llama(), context).graph("step").print(provenance=False))
 
 
 def recipes() -> str:
@@ -228,7 +250,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "gpu": gpu,
         "compile-cost": compile_cost,
     },
-    "docs/passes.md": {"insert-kv-cache": kv_cache_graphs},
+    "docs/passes.md": {"insert-kv-cache": kv_cache_graphs, "fuse": fused_graph},
 }  # fmt: skip
 
 
