@@ -43,8 +43,8 @@ def one_layer_llama() -> Any:
 
 
 def code(text: str) -> str:
-    """A block of Python."""
-    return f"```python\n{text.strip()}\n```"
+    """A graph as a block; not marked as Python, whose formatters would break its lines."""
+    return f"```text\n{text.strip()}\n```"
 
 
 def kv_cache_graphs() -> str:
