@@ -28,13 +28,17 @@ def test_the_readme_is_up_to_date(generate: ModuleType, block: str) -> None:
 
 def test_the_pass_page_shows_the_graph_before_and_after() -> None:
     # the text itself follows the versions of torch and transformers, so only its substance is compared
-    before, after = (ROOT / "docs" / "passes.md").read_text().split("```python\n")[1:3]
+    before, after, fused = (ROOT / "docs" / "passes.md").read_text().split("```text\n")[1:4]
+    after, fused = after.split("```")[0], fused.split("```")[0]
     assert before.startswith("def forward(input_ids: i64[B, T], position_ids: i64[B, T]):")
     assert "= attention(" in before
     assert after.startswith("def step(input_ids: i64[1, N], position_ids: i64[1, N], slots: i64[N], seq_ids: i64[N]")
     assert "attention(" not in after
     assert after.count("= kv_write(") == 2
     assert after.count("= attend(") == 1
+    numbers = [int(n) for n in re.findall(r"# kernel (\d+)$", fused, re.MULTILINE)]
+    assert sorted(set(numbers)) == list(range(numbers[-1] + 1))
+    assert "kernel" not in after
 
 
 def test_a_block_without_markers_is_an_error(generate: ModuleType) -> None:
