@@ -1,8 +1,9 @@
 """Which constants a kernel is compiled with: measured ones where the tables of `tuned/` have them, else the default.
 
 A table is one JSON file for an architecture. An entry says for a template, shape and dtype what was fastest (`config`),
-how fast (`us`), on which `device` and `date`. It holds for the kernels that were measured: once a template's functions
-change (comments and docstrings aside) its entries are passed over. LLMOPT_TUNE=off passes over all of them.
+how fast (`us` of a launch; null where whole steps were compared), on which `device` and `date`. It holds for the
+kernels that were measured: once a template's functions change (comments and docstrings aside) its entries are passed
+over. LLMOPT_TUNE=off passes over all of them. Who measures says with `trial` what is picked.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import ast
 import hashlib
 import importlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,10 +27,49 @@ from llmopt.compiler.target import Target
 TABLES = Path(__file__).parent / "tuned"
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What `pick` was asked for, and the constants it gave."""
+
+    module: str
+    shape: dict[str, int]
+    dtype: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    configs: Mapping[str, Mapping[str, Any]]
+    asked: dict[str, Choice] = field(default_factory=dict)
+
+
+_TRIAL: ContextVar[_Trial | None] = ContextVar("trial", default=None)
+
+
+@contextmanager
+def trial(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Choice]]:
+    """Inside, `pick` gives these constants by `key`, whatever the tables say; yields all that is asked for, by key."""
+    current = _Trial(configs)
+    token = _TRIAL.set(current)
+    try:
+        yield current.asked
+    finally:
+        _TRIAL.reset(token)
+
+
 def pick(template: str, shape: Mapping[str, int], dtype: str, target: Target) -> dict[str, Any]:
     """Constants, num_warps and num_stages for `template` (`module:function` or the module), `shape` as the module's
     `configs` takes it and a dtype by its torch name: the table's entry, else the first of `configs`."""
-    module = template.partition(":")[0]
+    module, current = template.partition(":")[0], _TRIAL.get()
+    if current is None:
+        return _best(module, shape, dtype, target)
+    name = key(module, shape, dtype)
+    config = dict(current.configs[name]) if name in current.configs else _best(module, shape, dtype, target)
+    current.asked[name] = Choice(module, dict(shape), dtype, dict(config))
+    return config
+
+
+def _best(module: str, shape: Mapping[str, int], dtype: str, target: Target) -> dict[str, Any]:
     if knobs.tune() == "cached":
         found = table(target.isa).get(key(module, shape, dtype))
         if found is not None and found["source"] == source_hash(module):

@@ -59,6 +59,17 @@ def test_writing_replaces_the_entry_of_the_same_key(tables: Path) -> None:
     assert [e["config"]["BLOCK_J"] for e in json.loads((tables / "sm_90.json").read_text())["entries"]] == [4, 2]
 
 
+def test_a_trial_gives_its_constants_and_says_what_was_asked_for(tables: Path) -> None:
+    tuning.write("sm_90", [entry()], tables)
+    name, other = tuning.key("gemv", SHAPE, "bfloat16"), {**SHAPE, "J": 4096}
+    with tuning.trial({name: {"BLOCK_J": 16}}) as asked, knobs.scope(tune="off"):
+        assert picked() == {"BLOCK_J": 16}
+        default = picked(other)
+    assert picked() == {"BLOCK_J": 2}
+    assert asked[name] == tuning.Choice("gemv", SHAPE, "bfloat16", {"BLOCK_J": 16})
+    assert asked[tuning.key("gemv", other, "bfloat16")].config == default
+
+
 @pytest.mark.parametrize("template", ["gemv", "gemm"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("isa", ["sm_80", "sm_90", "sm_120"])
