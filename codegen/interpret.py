@@ -9,6 +9,9 @@ from llmopt.codegen import hooks
 from llmopt.codegen.kernel import Argument, Kernel, Launch
 from llmopt.compiler.errors import BuildError
 
+# constants that put instructions of the GPU into a kernel: waiting for the kernel ahead, and for its own products
+_INSTRUCTIONS = frozenset({"PDL", "DRAIN"})
+
 
 def launcher(kernel: Kernel) -> Launch:
     """What runs `kernel`: call it with a grid and the runtime arguments in order, tensors on the CPU.
@@ -23,8 +26,7 @@ def launcher(kernel: Kernel) -> Launch:
             f"template {kernel.template} was imported before TRITON_INTERPRET was set; set it before python starts"
         )
     fixed = hooks.constants(kernel)
-    if "PDL" in fixed:
-        fixed["PDL"] = False  # waiting for the kernel ahead is an instruction of the GPU
+    fixed |= dict.fromkeys(_INSTRUCTIONS & fixed.keys(), False)
     names = [name for name, _ in kernel.types]
 
     def launch(grid: tuple[int, ...], args: Sequence[Argument]) -> None:
