@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FOLDERS = ("compiler", "passes", "codegen", "runtime", "llmopt")
-IMPORT_NAMES = {"PyYAML": "yaml"}
+IMPORT_NAMES = {"cuda-bindings": "cuda", "PyYAML": "yaml"}
 
 
 def source_files() -> list[Path]:
