@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from llmopt.compiler.target import Target
 
+TILE = 64  # keys that a part has at least; the kernel's own tiles are no larger where this matters
+FEW = 16  # parts that the last one to arrive adds up in one go
+
 
 def splits(batch: int, kv_heads: int, context: int, target: Target) -> int:
-    """Parts to split `context` keys into: every multiprocessor has a program, with 64 keys or more; with 256 keys or
-    more it has four, which keeps memory busy."""
+    """The most parts to split `context` keys into.
+
+    Every multiprocessor has a program, as long as a part has a tile of keys. With four tiles a part, or two while parts
+    are few, it has four programs, which keeps memory busy (measured on an H200, batches of 1 to 64). A kernel makes
+    fewer parts of a sequence that has fewer tiles.
+    """
     pairs = batch * kv_heads
-    few = min(_cdiv(target.cores, pairs), _cdiv(context, 64))
-    many = min(4 * target.cores // pairs, context // 256)
+    one = min(_cdiv(target.cores, pairs), _cdiv(context, TILE))
+    four = min(4 * target.cores // pairs, max(context // (4 * TILE), min(FEW, context // (2 * TILE))))
     # whole tiles a part: no part is left without keys
-    chunk = _cdiv(_cdiv(context, max(1, few, many)), 64) * 64
+    chunk = _cdiv(_cdiv(context, max(1, one, four)), TILE) * TILE
     return max(1, _cdiv(context, chunk))
 
 

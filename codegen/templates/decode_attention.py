@@ -5,7 +5,27 @@ head are the columns (SWAP) or rows of the products, padded to what the tensor c
 is read once. The new token's own key and value come from hooks: the last part starts its softmax with them, and
 stores them into the pages. Parts leave an unnormalised result, its maximum and its sum; the last program to arrive,
 by a ticket counted with acquire and release, combines them in the order of the parts, so the result does not depend
-on who was last (Dao et al., 2023: Flash-Decoding; a sink is one more term of the last part's sum).
+on who was last (Dao et al., 2023: Flash-Decoding; a sink is one more term of the last part's sum). There are no more
+parts than a token has tiles of keys: programs beyond leave nothing and draw no ticket.
+
+What is read before the wait for the kernel ahead (PDL) is positions, slots, tables, sinks, and pages of earlier tokens.
+Under PDL the kernel ahead may still run by then, and the ones ahead of that too, as far back as each lets its
+dependents start before its own wait (`gemv` with EARLY does, this kernel with EARLY does; `gemm`, `rows` and `sample`
+do not). So none of it may be written by a kernel of the same step that is still running:
+
+- Sinks are weights, tables are written by the host's copies between steps, pages of earlier tokens by earlier steps
+  (or prompts), slots and positions by the sampling that ended the step before. In a step, only the sampling at its end
+  writes slots and positions, and it waits: all of the step is complete by then, as is argued below.
+- A step that is a CUDA graph starts when everything ahead of it in the stream is complete, and so does a kernel
+  launched without the attribute, as torch's are. With either one between two steps, nothing of the step before runs.
+- Steps launched back to back, kernel by kernel, need one kernel between the sampling and this one that lets dependents
+  start only after its own wait, and a step has it: the rows of the embedding, which are its first. For a program of
+  this kernel to start, every program of the kernel ahead must have let it (or have ended), and so have started; by
+  induction back to that kernel, all of its programs are past their wait, and what they waited for, the sampling, is
+  complete and its writes are visible.
+- A kernel that is complete makes all ahead of it complete, since some program of it waited for the one ahead before it
+  ended. So past this kernel's own wait all kernels ahead are complete, and whatever is written here (the token's own
+  key and value, results, parts, tickets) is written after it.
 """
 
 from __future__ import annotations
@@ -18,6 +38,8 @@ import triton.language as tl
 
 from llmopt.codegen.templates.paged import dot, key_rows, logits, rows
 from llmopt.compiler.target import Target
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -43,9 +65,9 @@ def _step(q, k, v, ok, m, mass, acc, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
 
 
 @triton.jit
-def _combine(partial, lse, out, n, h, SPLITS, HQ: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr,
+def _combine(partial, lse, out, n, h, parts, SPLITS, HQ: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr,
              BLOCK_S: tl.constexpr):  # fmt: skip
-    # partial [N, HQ, SPLITS, DV], lse [N, HQ, SPLITS, 2]; a part without keys has maximum -inf and no partial
+    # partial [N, HQ, SPLITS, DV], lse [N, HQ, SPLITS, 2]; all of the first `parts` hold something
     G: tl.constexpr = HQ // HKV
     g = tl.arange(0, triton.next_power_of_2(G))
     d = tl.arange(0, max(16, triton.next_power_of_2(DV)))
@@ -54,36 +76,36 @@ def _combine(partial, lse, out, n, h, SPLITS, HQ: tl.constexpr, HKV: tl.constexp
     m = tl.full([g.shape[0]], float("-inf"), tl.float32)
     mass = tl.zeros([g.shape[0]], tl.float32)
     acc = tl.zeros([g.shape[0], d.shape[0]], tl.float32)
-    for first in range(0, SPLITS, BLOCK_S):
+    for first in range(0, parts, BLOCK_S):
         split = first + tl.arange(0, BLOCK_S)
-        part = head[None, :] * SPLITS + split[:, None]
-        ok = (split < SPLITS)[:, None] & (g < G)[None, :]
-        # past the first-level cache, which may hold what an earlier launch left there
-        tops = tl.load(lse + part * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
-        sums = tl.load(lse + part * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
-        used = (tops > float("-inf"))[:, :, None] & inside[None, :, :]
-        parts = tl.load(
-            partial + (part[:, :, None] * DV + d[None, None, :]), mask=used, other=0.0, cache_modifier=".cg"
+        at = head[None, :] * SPLITS + split[:, None]
+        real = split < parts
+        # three loads under way at once, past the first-level cache, which may hold what an earlier launch left there
+        some = real[:, None, None] & inside[None, :, :]
+        results = tl.load(
+            partial + (at[:, :, None] * DV + d[None, None, :]), mask=some, other=0.0, cache_modifier=".cg"
         )
+        ok = real[:, None] & (g < G)[None, :]
+        tops = tl.load(lse + at * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
+        sums = tl.load(lse + at * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
+        tops = tl.where((g < G)[None, :], tops, 0.0)  # heads that pad the group stay finite
         top = tl.maximum(m, tl.max(tops, 0))
-        known = tl.where(top > float("-inf"), top, 0.0)
-        shrink, weights = tl.exp2(m - known), tl.exp2(tops - known[None, :])
+        shrink, weights = tl.exp2(m - top), tl.exp2(tops - top[None, :])
         mass = mass * shrink + tl.sum(sums * weights, 0)
-        acc = acc * shrink[:, None] + tl.sum(parts * weights[:, :, None], 0)
+        acc = acc * shrink[:, None] + tl.sum(results * weights[:, :, None], 0)
         m = top
     value = acc / tl.where(g < G, mass, 1.0)[:, None]
     tl.store(out + (head[:, None] * DV + d[None, :]), value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _own(k_pages, v_pages, slots, q, own_k, own_v, sink, n, h, owner, HKV: tl.constexpr, D: tl.constexpr,
+def _own(k_pages, v_pages, slot, q, own_k, own_v, sink, h, owner, HKV: tl.constexpr, D: tl.constexpr,
          DV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
          SINKS: tl.constexpr):  # fmt: skip
     # the token's key [1, D] and value [1, DV] into their slot, and the state of the softmax that begins with them; the
     # parts that do not own the token begin with nothing, by selects: a branch would end the batch of loads above it
     d = tl.arange(0, own_k.shape[1])
     dv = tl.arange(0, own_v.shape[1])
-    slot = tl.load(slots + n)
     row = ((slot // PAGE) * HKV + h) * PAGE + slot % PAGE
     tl.store(k_pages + (row * D + d[None, :]), own_k, mask=owner & (d < D)[None, :])
     tl.store(v_pages + (row * DV + dv[None, :]), own_v, mask=owner & (dv < DV)[None, :])
@@ -100,10 +122,10 @@ def _own(k_pages, v_pages, slots, q, own_k, own_v, sink, n, h, owner, HKV: tl.co
 
 
 @triton.jit
-def _part(partial, lse, m, mass, acc, part, real, some, DV: tl.constexpr):
-    # a part's unnormalised result acc [G, DV], its maximum and its sum; without keys (some false) no result
+def _part(partial, lse, m, mass, acc, part, real, DV: tl.constexpr):
+    # a part's unnormalised result acc [G, DV], its maximum and its sum
     dv = tl.arange(0, acc.shape[1])
-    tl.store(partial + (part[:, None] * DV + dv[None, :]), acc, mask=(real & some)[:, None] & (dv < DV)[None, :])
+    tl.store(partial + (part[:, None] * DV + dv[None, :]), acc, mask=real[:, None] & (dv < DV)[None, :])
     tl.store(lse + part * 2, m, mask=real)
     tl.store(lse + part * 2 + 1, mass, mask=real)
     tl.debug_barrier()  # the ticket, drawn by one thread, is to follow the stores of all
@@ -111,11 +133,13 @@ def _part(partial, lse, m, mass, acc, part, real, some, DV: tl.constexpr):
 
 @triton.jit
 def _keys(position, split, SPLITS, WINDOW: tl.constexpr, BLOCK_T: tl.constexpr):
-    # positions first .. last - 1 of a part, whole tiles; the last part has the fewest, and the token's own key besides
+    # positions first .. last - 1 of a part, whole tiles, and how many parts there are: the last has the fewest keys,
+    # and the token's own besides
     start = tl.maximum(position - WINDOW + 1, 0) if WINDOW > 0 else 0
-    chunk = tl.cdiv(tl.cdiv(position - start, SPLITS), BLOCK_T) * BLOCK_T
-    first = start + split * chunk
-    return first, tl.minimum(first + chunk, position)
+    tiles = tl.cdiv(position - start, BLOCK_T)
+    each = tl.maximum(tl.cdiv(tiles, SPLITS), 1)
+    first = start + split * (each * BLOCK_T)
+    return first, tl.minimum(first + each * BLOCK_T, position), tl.maximum(tl.cdiv(tiles, each), 1)
 
 
 @triton.jit
@@ -123,55 +147,78 @@ def _channels(D: tl.constexpr):
     return tl.arange(0, max(16, triton.next_power_of_2(D)))
 
 
+@triton.jit
+def _touch(pages, row, D: tl.constexpr):
+    # lines of 128 bytes of the rows [T] on their way to the second-level cache, and nobody waits for them
+    BITS: tl.constexpr = pages.dtype.element_ty.primitive_bitwidth
+    line = tl.arange(0, triton.next_power_of_2(triton.cdiv(D * BITS, 1024))) * (1024 // BITS)
+    at = (pages + (row[:, None] * D + tl.minimum(line, D - 1)[None, :])).to(tl.int64)
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
 # no kernel of its own for one token, one part or a table of a multiple of 16 pages: all steps of a bucket run the same
 @triton.jit(do_not_specialize=["N", "M", "SPLITS"])
-def decode_attention(
+def decode_attention(  # noqa: C901
     k_pages, v_pages, tables, positions, slots, sinks, out, partial, lse, tickets, e0, e1, e2, e3, e4, e5, N, M, SPLITS,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr, LOAD_V: tl.constexpr,
-    BLOCK_T: tl.constexpr, SWAP: tl.constexpr, PEEL: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, SWAP: tl.constexpr, PEEL: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [N, HQ * DV] of token n = row n of tables [., M]; grid (N, HKV, SPLITS).
 
     k_pages [P, HKV, PAGE, D], v_pages [P, HKV, PAGE, DV]; positions, slots int64 [N]; sinks [HQ] or None; partial fp32
     [N * HQ * SPLITS * DV], lse fp32 [N * HQ * SPLITS * 2], tickets int32 [N * HKV], zero and left zero.
-    SWAP: keys are the left operand. PEEL: a part's first tile is on its way before the query is made.
+    SWAP: keys are the left operand. PEEL: a part's first tile is read into registers before the wait for the kernel
+    ahead; AHEAD: the next so many tiles into the second-level cache. EARLY: the next kernel may start as soon as this
+    one has, else after the last load of keys.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    if PDL and EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     G: tl.constexpr = HQ // HKV
     WIDTH: tl.constexpr = max(8 if SWAP else 16, triton.next_power_of_2(G))
     n, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     table = tables + n * M
-    position = tl.load(positions + n).to(tl.int32)
-    first, last = _keys(position, split, SPLITS, WINDOW, BLOCK_T)
-    owner = split == SPLITS - 1
-    if PEEL:
-        t = first + tl.arange(0, BLOCK_T)
-        ok = t < last
-        row = key_rows(table, h, t, ok, HKV, PAGE)
-        k = rows(k_pages, row, ok, D, False)
-        v = rows(v_pages, row, ok, DV, SWAP)
-
     g = tl.arange(0, WIDTH)
     d, dv = _channels(D), _channels(DV)
     head = h * G + g
     real = g < G
+    SINKS: tl.constexpr = sinks is not None
+    sink = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) if SINKS else 0.0
+    slot = tl.load(slots + n, cache_modifier=".cg")
+    position = tl.load(positions + n, cache_modifier=".cg").to(tl.int32)
+    first, last, parts = _keys(position, split, SPLITS, WINDOW, BLOCK_T)
+    owner = split == parts - 1
+    t = first + tl.arange(0, BLOCK_T)
+    row = key_rows(table, h, t, t < last, HKV, PAGE)
+    if PEEL:
+        ok = t < last
+        k = rows(k_pages, row, ok, D, False, True)
+        v = rows(v_pages, row, ok, DV, SWAP, True)
+        t += BLOCK_T
+        row = key_rows(table, h, t, t < last, HKV, PAGE)
+    for tile in tl.static_range(AHEAD):
+        after = t + tile * BLOCK_T
+        near = row if tile == 0 else key_rows(table, h, after, after < last, HKV, PAGE)
+        _touch(k_pages, near, D)
+        _touch(v_pages, near, DV)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
     q = LOAD_Q(n, head[:, None], d[None, :], real[:, None] & (d < D)[None, :], e0, e1, e2, e3, e4, e5)
     q = q.to(k_pages.dtype.element_ty)
     own_k = LOAD_K(n, h, d[None, :], owner & (d < D)[None, :], e0, e1, e2, e3, e4, e5).to(k_pages.dtype.element_ty)
     own_v = LOAD_V(n, h, dv[None, :], owner & (dv < DV)[None, :], e0, e1, e2, e3, e4, e5).to(v_pages.dtype.element_ty)
-    SINKS: tl.constexpr = sinks is not None
-    sink = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) if SINKS else 0.0
     m, mass, acc = _own(
-        k_pages, v_pages, slots, q, own_k, own_v, sink, n, h, owner, HKV, D, DV, PAGE, SCALE, SOFTCAP, SINKS
+        k_pages, v_pages, slot, q, own_k, own_v, sink, h, owner, HKV, D, DV, PAGE, SCALE, SOFTCAP, SINKS
     )
     if SWAP:
         q, acc = tl.trans(q), tl.trans(acc)
     if PEEL and first < last:
         m, mass, acc = _step(q, k, v, ok, m, mass, acc, SCALE, SOFTCAP, SWAP)
-    t = first + PEEL * BLOCK_T + tl.arange(0, BLOCK_T)
-    row = key_rows(table, h, t, t < last, HKV, PAGE)
     for _ in range(first + PEEL * BLOCK_T, last, BLOCK_T):
         ok = t < last
         k = rows(k_pages, row, ok, D, False)
@@ -180,20 +227,21 @@ def decode_attention(
         # rows of the tile after: the loads of a tile then wait for no table
         row = key_rows(table, h, t, t < last, HKV, PAGE)
         m, mass, acc = _step(q, k, v, ok, m, mass, acc, SCALE, SOFTCAP, SWAP)
-    if PDL:
+    if PDL and not EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
     if SWAP:
         acc = tl.trans(acc)
     heads = n * HQ + head
-    if SPLITS == 1:
-        value = (acc / mass[:, None]).to(out.dtype.element_ty)
-        tl.store(out + (heads[:, None] * DV + dv[None, :]), value, mask=real[:, None] & (dv < DV)[None, :])
-    else:
-        _part(partial, lse, m, mass, acc, heads * SPLITS + split, real, owner | (first < last), DV)
-        if tl.atomic_add(tickets + (n * HKV + h), 1, sem="acq_rel") == SPLITS - 1:
-            _combine(partial, lse, out, n, h, SPLITS, HQ, HKV, DV, BLOCK_S)
-            tl.store(tickets + (n * HKV + h), 0)
+    if split < parts:
+        if parts == 1:
+            value = (acc / mass[:, None]).to(out.dtype.element_ty)
+            tl.store(out + (heads[:, None] * DV + dv[None, :]), value, mask=real[:, None] & (dv < DV)[None, :])
+        else:
+            _part(partial, lse, m, mass, acc, heads * SPLITS + split, real, DV)
+            if tl.atomic_add(tickets + (n * HKV + h), 1, sem="acq_rel") == parts - 1:
+                _combine(partial, lse, out, n, h, parts, SPLITS, HQ, HKV, DV, BLOCK_S)
+                tl.store(tickets + (n * HKV + h), 0)
 
 
 def grid(shape: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int | str, ...]:
@@ -224,17 +272,25 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
     wide = max(16, triton.next_power_of_2(max(shape["D"], shape["DV"])))
     if dtype == "float32":
         # products on the plain cores: small tiles, or they spill
-        tried = [(0, 16, 4, 3, 0), (0, 32, 8, 3, 0), (0, 16, 4, 2, 0)]
+        tried = [(0, 16, 4, 3), (0, 32, 8, 3), (0, 16, 4, 2)]
     elif heads > 16 or wide > 128:
         # more registers a key: four warps share the tile
-        tried = [(0, 32, 4, 2, 0), (1, 32, 4, 2, 0), (0, 32, 4, 3, 0), (0, 64, 4, 2, 0)]
+        tried = [(0, 32, 4, 2), (1, 32, 4, 2), (0, 32, 4, 3), (0, 64, 4, 2)]
     else:
-        tried = [(1, 32, 1, 3, 0), (1, 32, 1, 3, 1), (0, 32, 1, 3, 0), (0, 32, 1, 3, 1), (1, 32, 1, 4, 0)]
-        tried += [(swap, 64, 2, 3, peel) for swap in (1, 0) for peel in (0, 1)]
-        tried += [(swap, 64, 4, 3, peel) for swap in (1, 0) for peel in (0, 1)]
-        tried += [(1, 64, 1, 2, 0), (1, 128, 4, 2, 0), (0, 128, 4, 2, 0)]
+        tried = [(1, 32, 1, 3), (0, 32, 1, 3), (1, 32, 1, 4), (1, 64, 2, 3), (0, 64, 2, 3), (1, 64, 4, 3)]
+        tried += [(0, 64, 4, 3), (1, 64, 1, 2), (1, 128, 4, 2), (0, 128, 4, 2)]
     return [
-        {"SWAP": swap, "BLOCK_T": block, "PEEL": peel, "BLOCK_S": max(1, min(16, 2048 * warps // (heads * wide))),
-         "num_warps": warps, "num_stages": stages}
-        for swap, block, warps, stages, peel in tried
+        {"SWAP": swap, "BLOCK_T": block, "PEEL": 0, "AHEAD": 0, "EARLY": 0,
+         "BLOCK_S": max(1, min(16, 2048 * (1 + swap) * warps // (heads * wide))), "num_warps": warps,
+         "num_stages": stages}
+        for swap, block, warps, stages in tried
     ]  # fmt: skip
+
+
+def starts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A configuration with every way to begin worth trying: what is read ahead, and when the next kernel may start."""
+    block, warps = config["BLOCK_T"], config["num_warps"]
+    ahead = [(0, 0), (0, max(1, 64 // block)), (0, max(1, 128 // block))]
+    if block <= 16 * (1 + config["SWAP"]) * warps:  # a tile of more does not fit the registers
+        ahead += [(1, 0), (1, 1)]
+    return [{**config, "PEEL": peel, "AHEAD": tiles, "EARLY": early} for peel, tiles in ahead for early in (0, 1)]

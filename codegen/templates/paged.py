@@ -17,8 +17,9 @@ def key_rows(table, h, t, ok, HKV: tl.constexpr, PAGE: tl.constexpr):
 
 
 @triton.jit
-def rows(pages, row, ok, D: tl.constexpr, TURNED: tl.constexpr):
+def rows(pages, row, ok, D: tl.constexpr, TURNED: tl.constexpr, PAST: tl.constexpr = False):
     """Tile [T, D padded to a power of two] of the rows `row` [T] of `pages`, zero where masked. TURNED: its transpose.
+    PAST: read past the first-level cache, which may be older than a write of the kernels ahead.
 
     A tile loaded turned reaches the tensor cores as left operand by asynchronous copies, one turned later does not.
     """
@@ -27,7 +28,10 @@ def rows(pages, row, ok, D: tl.constexpr, TURNED: tl.constexpr):
     r, inside = (row[None, :], ok[None, :]) if TURNED else (row[:, None], ok[:, None])
     if DP != D:
         inside = inside & (d < D)
-    return tl.load(pages + (r * D + d), mask=inside, other=0.0)
+    if PAST:
+        return tl.load(pages + (r * D + d), mask=inside, other=0.0, cache_modifier=".cg")
+    else:
+        return tl.load(pages + (r * D + d), mask=inside, other=0.0)
 
 
 @triton.jit

@@ -121,6 +121,43 @@ def test_keys_and_values_arrive_by_asynchronous_copies_of_16_bytes(tmp_path: Pat
     assert all(".128" in copy for copy in copies)
 
 
+def instructions(made: cubin.Cubin, tmp_path: Path) -> list[str]:
+    """Names in order, predicates left out: ACQBULK waits for the kernel ahead, PREEXIT lets the next one start."""
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", machine_code(made, tmp_path))
+    assert lines.count("ACQBULK") == 1
+    return lines
+
+
+def test_first_keys_are_read_and_nothing_written_before_the_wait(tmp_path: Path) -> None:
+    target = Target.parse("cuda:sm_90")
+    config = {**decode.configs(SHAPE, "bfloat16", target)[0], "PEEL": 1, "AHEAD": 1, "EARLY": 1}
+    made = cubin.compile_kernel(decoding(target, SHAPE, config, "bfloat16"), target)
+    assert made.spills == 0
+    found = instructions(made, tmp_path)
+    wait = found.index("ACQBULK")
+    ahead, after = found[:wait], found[wait:]
+    assert sum(".128" in name for name in ahead if name.startswith("LDG")) == 2 * config["BLOCK_T"] * 128 * 2 // (
+        16 * 32
+    )
+    assert sum(".PF2" in name for name in ahead) == 2 * config["BLOCK_T"] * 2 // 32
+    assert not any(name.startswith(("STG", "ATOM", "RED")) for name in ahead)
+    assert ahead.index("PREEXIT") < next(i for i, name in enumerate(ahead) if name.startswith("LDG"))
+    assert any(name.startswith("STG") for name in after)
+
+
+def test_without_early_the_next_kernel_starts_after_the_last_keys(tmp_path: Path) -> None:
+    target = Target.parse("cuda:sm_90")
+    config = decode.configs(SHAPE, "bfloat16", target)[0]
+    found = instructions(cubin.compile_kernel(decoding(target, SHAPE, config, "bfloat16"), target), tmp_path)
+    assert found.index("PREEXIT") > max(i for i, name in enumerate(found) if name.startswith("LDGSTS"))
+
+
+def test_rows_let_the_next_kernel_start_after_their_own_wait() -> None:
+    """What attention reads before its wait rests on this: the first kernel of a step is one over rows."""
+    text = (Path(decode.__file__).parent / "rows.py").read_text()
+    assert -1 < text.find("gdc_wait()") < text.find("gdc_launch_dependents()")
+
+
 def test_a_product_from_registers_has_ended_before_they_are_used_again(tmp_path: Path) -> None:
     target = Target.parse("cuda:sm_90")
     config = prefill.configs(SHAPE, "bfloat16", target)[0]
@@ -146,8 +183,15 @@ def test_what_is_not_taken_has_a_reason(change: dict[str, int], reason: str) -> 
 
 @pytest.mark.parametrize(
     ("batch", "context", "low", "high"),
-    [(1, 512, 8, 8), (1, 1024, 16, 16), (1, 131072, 64, 66), (8, 32768, 8, 8), (64, 8192, 1, 1), (64, 64, 1, 1)],
-)
+    [
+        # one tile a part
+        (1, 256, 4, 4), (1, 512, 8, 8), (1, 1024, 16, 16),
+        # a program a multiprocessor, then four
+        (1, 2048, 16, 16), (4, 1024, 8, 8), (16, 512, 4, 4), (16, 1024, 4, 4),
+        # long contexts
+        (1, 131072, 64, 66), (8, 32768, 8, 8), (64, 8192, 1, 1), (64, 64, 1, 1),
+    ],
+)  # fmt: skip
 def test_parts_fill_the_gpu_and_none_is_empty(batch: int, context: int, low: int, high: int) -> None:
     parts = splits_for(batch, 8, context, Target.parse("cuda:sm_90"))
     assert low <= parts <= high
