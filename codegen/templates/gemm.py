@@ -15,6 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from llmopt.codegen.templates.ahead import ask_rows
 from llmopt.compiler.target import Target
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -76,13 +77,15 @@ def gemm(  # noqa: C901
     K: tl.constexpr, J: tl.constexpr, OFFSET0: tl.constexpr, OFFSET1: tl.constexpr, PARTS: tl.constexpr,
     NORM: tl.constexpr, EPS: tl.constexpr, LOAD_X: tl.constexpr, LOAD_G: tl.constexpr, EPILOGUE: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, SLICES: tl.constexpr, SPLIT_K: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr, ASK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[m, j] = EPILOGUE of row OFFSET0 + j (and OFFSET1 + j) of w [F, K] with X[m], m < N <= BLOCK_M.
 
     X is LOAD_X, with NORM times LOAD_G, rounded to w's dtype, and the sums scaled by the root of the mean of LOAD_X's
     squares plus EPS. Grid (cdiv(J, BLOCK_J), SPLIT_K). With SPLIT_K > 1: tickets i32 [cdiv(J, BLOCK_J)], zero before
     and after, and partial fp32 [cdiv(J, BLOCK_J) * SPLIT_K * (PARTS * BLOCK_J + NORM) * BLOCK_M]; else both None.
+    EARLY: the next kernel may start as soon as this one has, else after its last load. ASK: the weights come into L2
+    while the kernel ahead still runs.
     """
     V: tl.constexpr = 128 // w.dtype.element_ty.primitive_bitwidth
     STEPS: tl.constexpr = (K + BLOCK_K * SLICES * SPLIT_K - 1) // (BLOCK_K * SLICES * SPLIT_K)
@@ -106,6 +109,13 @@ def gemm(  # noqa: C901
         row = tl.minimum(row, J - 1 - first)  # rows past the end repeat the last one; they are not stored
     column += split * (STEPS * BLOCK_K * SLICES)
     if PDL:
+        if ASK and not MASKED:
+            COLUMNS: tl.constexpr = STEPS * BLOCK_K * SLICES
+            ask_rows(w, first + OFFSET0, split * COLUMNS, BLOCK_J, COLUMNS, K, OFFSET0 + J - 1)
+            if PARTS == 2:
+                ask_rows(w, first + OFFSET1, split * COLUMNS, BLOCK_J, COLUMNS, K, OFFSET1 + J - 1)
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     for step in range(STEPS):
         k = column + step * (BLOCK_K * SLICES)
@@ -121,7 +131,7 @@ def gemm(  # noqa: C901
         acc0 = _product(a0, x, acc0, SLICES)
         if PARTS == 2:
             acc1 = _product(a1, x, acc1, SLICES)
-    if PDL:
+    if PDL and not EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     square = tl.sum(squares, axis=len(squares.shape) - 1)
     if SLICES > 1:
@@ -206,7 +216,7 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
         tile["BLOCK_M"] = max(8, triton.next_power_of_2(shape["N"]))
         programs = -(-shape["J"] // tile["BLOCK_J"])
         for split in _splits(programs, shape["K"] // (columns * slices), cores):
-            found.append({**tile, "SPLIT_K": split, "num_stages": stages})
+            found.append({**tile, "SPLIT_K": split, "EARLY": 0, "ASK": 0, "num_stages": stages})
     fitting = [c for c in (_fit(c, parts, size, target.shared_bytes) for c in found) if c["num_stages"]]
     return list({repr(c): c for c in fitting}.values())
 

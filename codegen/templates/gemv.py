@@ -17,6 +17,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from llmopt.codegen.templates.ahead import ask_rows
 from llmopt.compiler.target import Target
 
 
@@ -55,13 +56,14 @@ def gemv(  # noqa: C901
     K: tl.constexpr, J: tl.constexpr, OFFSET0: tl.constexpr, OFFSET1: tl.constexpr, PARTS: tl.constexpr,
     NORM: tl.constexpr, EPS: tl.constexpr, LOAD_X: tl.constexpr, LOAD_G: tl.constexpr, EPILOGUE: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr, EVICT: tl.constexpr,
-    PDL: tl.constexpr,
+    ASK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[m, j] = EPILOGUE of row OFFSET0 + j (and OFFSET1 + j) of w [F, K] with X[m]; grid (cdiv(J, BLOCK_J), N).
 
     X is LOAD_X, with NORM times LOAD_G over the root of the mean of its squares plus EPS; sums are fp32; y [N, J].
     PREFETCH: weights are loaded one step ahead. EARLY: the next kernel may start as soon as this one has, else after
-    its last load. EVICT: "" or "evict_first", what the caches are told of the weights.
+    its last load. EVICT: "" or "evict_first", what the caches are told of the weights. ASK: the weights that PREFETCH
+    does not hold come into L2 before the wait.
     """
     V: tl.constexpr = 128 // w.dtype.element_ty.primitive_bitwidth
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -82,6 +84,11 @@ def gemv(  # noqa: C901
         if NORM:
             g = LOAD_G(k, _inside(k, K, BLOCK_K), e0, e1, e2, e3, e4, e5)
     if PDL:
+        REST: tl.constexpr = K - PREFETCH * BLOCK_K
+        if ASK and REST > 0:
+            ask_rows(w, first + OFFSET0, K - REST, BLOCK_J, REST, K, OFFSET0 + J - 1)
+            if PARTS == 2:
+                ask_rows(w, first + OFFSET1, K - REST, BLOCK_J, REST, K, OFFSET1 + J - 1)
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -167,7 +174,7 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
     found = [
         {
             "BLOCK_J": r // shape["PARTS"], "BLOCK_K": min(n * wide, whole), "PREFETCH": ahead, "EARLY": 0, "EVICT": "",
-            "num_warps": max(1, min(warps, whole // (32 * wide))), "num_stages": 1,
+            "ASK": 0,            "num_warps": max(1, min(warps, whole // (32 * wide))), "num_stages": 1,
         }
         for r, n, warps, ahead in tiles
     ]  # fmt: skip

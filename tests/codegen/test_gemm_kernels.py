@@ -8,8 +8,13 @@ from gemm_cases import Case, Data
 
 pytestmark = pytest.mark.interp
 
-VECTOR = {"BLOCK_J": 8, "BLOCK_K": 64, "PREFETCH": 0, "EARLY": 0, "EVICT": "", "num_warps": 4, "num_stages": 1}
-MATRIX = {"BLOCK_J": 16, "BLOCK_K": 32, "BLOCK_M": 8, "SLICES": 1, "SPLIT_K": 1, "num_warps": 4, "num_stages": 3}
+VECTOR = {
+    "BLOCK_J": 8, "BLOCK_K": 64, "PREFETCH": 0, "EARLY": 0, "EVICT": "", "ASK": 0, "num_warps": 4, "num_stages": 1,
+}  # fmt: skip
+MATRIX = {
+    "BLOCK_J": 16, "BLOCK_K": 32, "BLOCK_M": 8, "SLICES": 1, "SPLIT_K": 1, "EARLY": 0, "ASK": 0, "num_warps": 4,
+    "num_stages": 3,
+}  # fmt: skip
 
 # whole blocks, a rest of K, a rest of J, both; weights that begin inside w
 CASES = [

@@ -70,7 +70,7 @@ def test_gemv_streams_in_16_bytes(name: str, prefetch: int, tmp_path: Path) -> N
     case, target = SHAPES[name], Target.parse("cuda:sm_90")
     rows = 8 // case.parts
     config = {
-        "BLOCK_J": rows, "BLOCK_K": 1024, "PREFETCH": prefetch, "EARLY": 0, "EVICT": "", "num_warps": 4,
+        "BLOCK_J": rows, "BLOCK_K": 1024, "PREFETCH": prefetch, "EARLY": 0, "EVICT": "", "ASK": 0, "num_warps": 4,
         "num_stages": 1,
     }  # fmt: skip
     code = machine_code(compiled(case, "gemv", config, target), tmp_path)
@@ -79,6 +79,20 @@ def test_gemv_streams_in_16_bytes(name: str, prefetch: int, tmp_path: Path) -> N
     # the first weights are under way before the wait for the kernel ahead, or nothing is
     ahead = some(code[: code.index(some(code, "ACQBULK")[0])], "LDG")
     assert len(ahead) >= 8 if prefetch else not ahead
+
+
+@pytest.mark.parametrize("template", ["gemv", "gemm"])
+def test_weights_are_asked_for_before_the_wait(template: str, tmp_path: Path) -> None:
+    target = Target.parse("cuda:sm_90")
+    for name, early in (("qkv", 0), ("gate_up", 1)):
+        case = SHAPES[name]
+        config = tuning.pick(template, case.sizes(1), "bfloat16", target) | {"ASK": 1, "EARLY": early}
+        code = machine_code(compiled(case, template, config, target), tmp_path)
+        wait = code.index(some(code, "ACQBULK")[0])
+        asked = [i for i, text in enumerate(code) if text.startswith("UBLKPF")]
+        assert len(asked) == case.parts
+        assert asked[-1] < wait
+        assert (code.index("PREEXIT") < wait) == bool(early)
 
 
 @pytest.mark.parametrize("width", [8, 16, 64])
@@ -97,11 +111,14 @@ def test_gemm_copies_weights_in_16_bytes_and_multiplies_from_shared_memory(
 
 
 def test_every_entry_of_the_tables_compiles_and_is_of_these_kernels() -> None:
+    # no limit on what spills: an entry was measured with it
     for path in sorted(tuning.TABLES.glob("*.json")):
-        target = Target.parse(f"cuda:{path.stem}")
+        kernels = []
         for key, entry in tuning.table(path.stem).items():
             shape, dtype = entry["shape"], getattr(torch, entry["dtype"])
             assert entry["source"] == tuning.source_hash(entry["template"]), f"{key}: measure again"
             if entry["template"] in ("gemv", "gemm"):
                 case = Case(shape["K"], shape["J"], shape["PARTS"], shape["NORM"], dtype=dtype)
-                assert compiled(case, entry["template"], entry["config"], target).spills <= 16, key
+                kernels.append(case.kernel(entry["template"], entry["config"], pdl=True))
+        made = cubin.compile_all(kernels, Target.parse(f"cuda:{path.stem}"))
+        assert len(made) == len(set(kernels)) > 0
