@@ -1,4 +1,4 @@
-"""Weights asked into the L2 cache while the kernel ahead still runs; for GPUs with dependent launch (sm_90 and later)."""
+"""Weights asked into the L2 cache while the kernel ahead still runs; for GPUs with dependent launch (from sm_90 on)."""
 
 from __future__ import annotations
 
