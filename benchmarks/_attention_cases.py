@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmopt.codegen.fused_attention import TORCH_TOKENS
 from llmopt.codegen.templates import decode_attention as decode
 from llmopt.codegen.templates import prefill_attention as prefill
 from llmopt.compiler.ops.attention import attend
-from llmopt.runtime.attend import StepLayout, flash
+from llmopt.runtime.attend import StepLayout
+from llmopt.runtime.attend import attend as attend_whole
 
 HQ, HKV, D = 32, 8, 128
 WIDTH = (HQ + 2 * HKV) * D
@@ -148,9 +150,16 @@ class Prefill:
             SCALE=D**-0.5, WINDOW=0, SOFTCAP=0.0, **config,
         )  # fmt: skip
 
-    def flash(self) -> None:
-        """Torch's kernel over gathered pages, sequence by sequence."""
-        flash(self.q, self.k, self.v, self.tables, self.layout, self.out, D**-0.5)
+    def own(self) -> list[Tensor]:
+        """q, k and v of the new tokens as a step of whole prompts has them: [N, heads, D], and rows to spare."""
+        k, v = (p[self.tables].transpose(2, 3).flatten(1, 2)[:, : self.count].flatten(0, 1) for p in (self.k, self.v))
+        return [torch.cat([t, t[: TORCH_TOKENS - 1]]) for t in (self.q, k, v)]
+
+    def whole(self, own: list[Tensor]) -> None:
+        """Torch's attention of whole prompts."""
+        out = self.out.view(1, self.batch * self.count, HQ * D)
+        given = attend_whole(*own, self.layout, out, scale=D**-0.5, multiple=TORCH_TOKENS)
+        self.out = self.out if given is None else given.view_as(self.out)
 
     def contiguous(self) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, HQ, count, D], k and v [B, HKV, have + count, D] of the same sizes, for SDPA."""

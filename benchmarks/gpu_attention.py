@@ -15,6 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def latency_row(batch: int, context: int, page: int, configs: list[dict[str, Any
 
 
 def prefill_row(batch: int, count: int, have: int, configs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The Triton kernel's configurations and torch's kernel over gathered pages, against SDPA without pages."""
+    """The Triton kernel's configurations, and of whole prompts torch's by `runtime.attend`, against SDPA by itself."""
     case, worst, wrong = Prefill(batch, count, have, 16), 0.0, 0
     q, k, v = case.contiguous()
     mask = causal_lower_right(count, have + count)
@@ -209,7 +210,9 @@ def prefill_row(batch: int, count: int, have: int, configs: list[dict[str, Any]]
     def contiguous() -> Tensor:
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
-    runs: dict[str, Callable[[], object]] = {"sdpa": contiguous, "gathered": case.flash}
+    runs: dict[str, Callable[[], object]] = {"sdpa": contiguous}
+    if not have:
+        runs["whole"] = partial(case.whole, case.own())
     for config in configs:
         name = "/".join(str(config[key]) for key in ("BLOCK_Q", "BLOCK_T", "num_warps", "num_stages"))
         runs[name] = lambda config=config: case.launch(config)

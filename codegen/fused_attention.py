@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -16,11 +17,16 @@ from llmopt.codegen.fused_region import (
     dtype_of,
     keeps_order,
     passed,
+    template_of,
     type_of,
 )
-from llmopt.codegen.kernel import Buffer, Call, Scalar
+from llmopt.codegen.kernel import FRESH, PAGED, Buffer, Call, Scalar
 from llmopt.codegen.printer import Operands
 from llmopt.compiler.errors import EmitError
+
+# lengths of prompts are rounded up to multiples of this for torch's attention: cuDNN, which it calls on an sm_90,
+# plans anew for each length, for tenths of a second
+TORCH_TOKENS = 256
 
 
 def _heads(attend: fx.Node) -> dict[str, int]:
@@ -115,22 +121,37 @@ def _kernel(region: FusedRegion, attend: fx.Node, made: Sequence[fx.Node], token
 
 
 def many_attention(region: FusedRegion) -> None:
-    """q made and k and v stored by kernels over rows, then attention over tiles of queries."""
+    """q made and k and v stored by kernels over rows, then attention over tiles of queries; of whole prompts torch's,
+    over keys and values that were left token by token, too."""
     (attend,) = region.graph.calls("attend")
     q, writes = attend.args[0], attend.args[1:3]
     paged, sinks, out, constants = _common(region, attend)
     heads = _heads(attend)
-    made = region.temporary(region.buffer(q, ("N", heads["HQ"], heads["D"])))  # type: ignore[arg-type]
+    template = "prefill_attention:prefill_attention"
+    config = config_of(region, template, heads, dtype_of(attend))
+    given = constants["WINDOW"], constants["SOFTCAP"], sinks[1] is not None
+    apart = template_of(template).torch_attends(heads, dtype_of(attend), region.target, *given)
+    left = [q] if apart else [q, *(n.args[1] for n in writes)]  # type: ignore[union-attr]
+    # torch's attention may read past the last token
+    made = {n: region.temporary(region.buffer(n, _by_token(n, 0 if apart else TORCH_TOKENS - 1))) for n in left}  # type: ignore[arg-type]
     pages = {n: region.argument(n.args[0]) for n in writes}  # type: ignore[union-attr, arg-type]
-    region.rows({q: made, **pages}, "N", by_token=(q,))  # type: ignore[dict-item, arg-type]
+    region.rows({**made, **pages}, "N", by_token=tuple(left))  # type: ignore[dict-item, arg-type]
+    if apart is None:
+        scale = ("scale", constants["SCALE"]), ("multiple", TORCH_TOKENS)
+        region.calls.append(Call((*made.values(), "layout", out[2]), op="attend", constants=scale, when=FRESH))
     arguments: list[Argument] = [
-        ("q", type_of(q), made),  # type: ignore[arg-type]
+        ("q", type_of(q), made[q]),  # type: ignore[arg-type, index]
         *paged,
         ("tiles", "*i32", "tiles"),
         sinks,
         out,
         ("M", "i32", "M"),
     ]
-    template = "prefill_attention:prefill_attention"
-    config = config_of(region, template, heads, dtype_of(attend))
-    region.calls.append(call_of(template, heads, config, arguments, constants, {}))
+    tiled = call_of(template, heads, config, arguments, constants, {})
+    region.calls.append(tiled if apart else replace(tiled, when=PAGED))
+
+
+def _by_token(node: fx.Node, more: int) -> tuple[int | str, ...]:
+    """[1, H, N, D] as [N, H, D], with rows to spare."""
+    _, heads, _, channels = node.meta["val"].shape
+    return (f"N + {more}" if more else "N", heads, channels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -97,10 +98,44 @@ def many_product(region: FusedRegion) -> None:
     if place is None:
         place = region.temporary(region.buffer(x))  # type: ignore[arg-type]
         region.rows({x: place}, tokens)  # type: ignore[dict-item]
+    taken = (place, region.argument(weight))  # type: ignore[arg-type]
+    added = _added(region, linear)
+    if added is not None:
+        _product_and_sum(region, taken, added)
+        return
     region.stored[linear] = "out0"
     alone = region.place(result) is not None
     if not alone:
         region.stored[linear] = region.temporary(region.buffer(linear))
-    region.calls.append(Call((place, region.argument(weight), region.stored[linear]), op="linear"))  # type: ignore[arg-type]
+    region.calls.append(Call((*taken, region.stored[linear]), op="linear"))
     if not alone:
         region.rows({result: "out0"}, tokens)
+
+
+def _product_and_sum(region: FusedRegion, taken: tuple[str, str], added: fx.Node) -> None:
+    place = region.argument(added)
+    region.calls.append(Call((*taken, place, "out0"), op="linear_add"))
+    if added.meta["val"].dim() > 1 and place not in taken:
+        first, *rest = region.outputs
+        region.outputs = (replace(first, over=place), *rest)  # type: ignore[type-var, arg-type]
+
+
+def _added(region: FusedRegion, linear: fx.Node) -> fx.Node | None:
+    """What torch adds while it multiplies, if the result is linear + a residual or a bias; it is rounded once then."""
+    total = _through_views(region.result())
+    if not calls_any(total, {"add"}) or total.kwargs or len(total.args) != 2:
+        return None
+    terms = [n for n in total.args if isinstance(n, fx.Node)]
+    others = [n for n in terms if _through_views(n) is not linear]
+    if len(terms) != 2 or len(others) != 1 or region.place(others[0]) is None:
+        return None
+    value, wanted = others[0].meta["val"], linear.meta["val"]
+    shape, product = [str(s) for s in value.shape], [str(s) for s in wanted.shape]
+    fits = shape in (product, product[-1:]) and [str(s) for s in total.meta["val"].shape] == product
+    return others[0] if fits and value.dtype == wanted.dtype == total.meta["val"].dtype else None
+
+
+def _through_views(node: fx.Node) -> fx.Node:
+    while keeps_order(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node

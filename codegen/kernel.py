@@ -28,6 +28,8 @@ Launch = Callable[[tuple[int, ...], Sequence[Argument]], None]
 # tokens, rows of logits, sequences (rows of the block table), width of the block table, query tiles, parts a
 # sequence's keys are split into
 SIZES = ("N", "R", "S", "M", "T", "SPLITS")
+# two kinds of steps of class many: whole prompts, long enough for torch's attention over themselves; and any other
+WHEN = FRESH, PAGED = "fresh", "paged"
 
 
 @dataclass(frozen=True)
@@ -80,45 +82,52 @@ Launcher = Callable[[Kernel], Launch]
 @dataclass(frozen=True)
 class Buffer:
     """A tensor that a region makes: `shape` of sizes, `dtype` a torch name. `kept`: zeroed once and then kept from
-    call to call (tickets, which a kernel leaves at zero again)."""
+    call to call (tickets, which a kernel leaves at zero again). `over`: an output that may be written over this input,
+    where nothing reads the input afterwards."""
 
     shape: tuple[Size, ...]
     dtype: str
     kept: bool = False
+    over: str | None = None
 
     def to_data(self) -> dict[str, Any]:
         """JSON types only; `from_data` reads it back."""
-        return {"shape": list(self.shape), "dtype": self.dtype, "kept": self.kept}
+        return {"shape": list(self.shape), "dtype": self.dtype, "kept": self.kept, "over": self.over}
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Buffer:
         """Read `to_data`'s form."""
-        return cls(tuple(data["shape"]), data["dtype"], data["kept"])
+        return cls(tuple(data["shape"]), data["dtype"], data["kept"], data["over"])
 
 
 @dataclass(frozen=True)
 class Call:
-    """One launch: a kernel over a grid, or one of torch's own ops (`op`, such as `linear`).
+    """One launch: a kernel over a grid, or one of torch's own ops (`op`, such as `linear`, with its `constants`).
 
-    `args` are the runtime arguments in order: `in0` (a region input), `out0`, `tmp0`, `tiles`, or a size; None for no
-    tensor.
+    `args` are the runtime arguments in order: `in0` (a region input), `out0`, `tmp0`, `tiles`, `layout`, or a size;
+    None for no tensor. An op writes its last argument, or gives a tensor that takes its place. `when`: one of `WHEN`,
+    the only steps of class many with this call; None for every step.
     """
 
     args: tuple[Size | None, ...]
     kernel: Kernel | None = None
     grid: tuple[Size, ...] = (1,)
     op: str | None = None
+    constants: tuple[tuple[str, Scalar], ...] = ()
+    when: str | None = None
 
     def to_data(self) -> dict[str, Any]:
         """JSON types only, the kernel by its digest; `from_data` reads it back."""
         kernel = None if self.kernel is None else self.kernel.digest()
-        return {"args": list(self.args), "kernel": kernel, "grid": list(self.grid), "op": self.op}
+        rest = {"constants": [list(c) for c in self.constants], "when": self.when}
+        return {"args": list(self.args), "kernel": kernel, "grid": list(self.grid), "op": self.op, **rest}
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any], kernels: Mapping[str, Kernel]) -> Call:
         """Read `to_data`'s form; `kernels` by digest. Raises KeyError: a kernel is not among them."""
         kernel = None if data["kernel"] is None else kernels[data["kernel"]]
-        return cls(tuple(data["args"]), kernel, tuple(data["grid"]), data["op"])
+        constants = tuple((name, value) for name, value in data["constants"])
+        return cls(tuple(data["args"]), kernel, tuple(data["grid"]), data["op"], constants, data["when"])
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,27 @@
-"""Which tokens of a step follow one another, told once a step on the host; and torch's flash attention by that.
+"""Which tokens of a step follow one another, told once a step on the host; and torch's attention of whole prompts.
 
-Attention of mixed steps needs this on the host twice: tiles for `prefill_attention`, and lengths for a call of
-torch's kernel for each prompt, which is the faster of the two where prompts are long. One copy from the device, made
-by `StepLayout.of`, serves every layer of a step.
+Attention of mixed steps needs this on the host: tiles for `prefill_attention`, and where all that a step holds are
+prompts from their beginning, their lengths for torch's kernel over the keys and values just made, the faster of the
+two where prompts are long. One `StepLayout` serves every layer of a step.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# tokens a run has on average for torch's kernel, with its gathered keys and its launches for each run, to be faster
-LONG = 256
+from llmopt.codegen.kernel import FRESH, PAGED
+from llmopt.runtime.transfer import to_device
+
+# tokens a prompt has on average for torch's kernel, of which each length has launches of its own, to be faster
+LONG = 512
 
 
 class Run(NamedTuple):
@@ -29,22 +35,25 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class StepLayout:
-    """The runs of a step, in the order of its tokens, for tensors on `device`."""
+    """The runs of a step, in the order of its tokens, for kernels on `device`."""
 
     runs: tuple[Run, ...]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _tiles: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def of(cls, seq_ids: Tensor, positions: Tensor) -> StepLayout:
-        """From seq_ids int64 [N] and positions int64 [1, N]; copies both to the host, which waits for the device."""
+    def of(cls, seq_ids: Tensor, positions: Tensor, device: torch.device | None = None) -> StepLayout:
+        """From seq_ids int64 [N] and positions int64 [1, N]; if they lie on a device, waits for it and copies them.
+
+        `device` is where the step runs, if they lie elsewhere.
+        """
         seq, at = torch.stack((seq_ids, positions.view(-1))).cpu()
         begins = torch.ones(len(seq), dtype=torch.bool)
         begins[1:] = (seq[1:] != seq[:-1]) | (at[1:] != at[:-1] + 1)
         firsts = begins.nonzero().squeeze(1)
         counts = torch.diff(firsts, append=torch.tensor([len(seq)]))
         fields = (seq[firsts].tolist(), firsts.tolist(), counts.tolist(), at[firsts].tolist())
-        return cls(tuple(Run(*run) for run in zip(*fields, strict=True)), seq_ids.device)
+        return cls(tuple(Run(*run) for run in zip(*fields, strict=True)), device or seq_ids.device)
 
     def tiles(self, block_q: int) -> Tensor:
         """int32 [T, 4] on the device, for `prefill_attention`: the runs cut into at most `block_q` tokens; kept."""
@@ -54,33 +63,45 @@ class StepLayout:
                 for run in self.runs
                 for i in range(0, run.tokens, block_q)
             ]
-            self._tiles[block_q] = torch.tensor(cut, dtype=torch.int32).to(self.device)
+            self._tiles[block_q] = to_device(torch.tensor(cut, dtype=torch.int32), self.device)
         return self._tiles[block_q]
 
-    @property
-    def long(self) -> bool:
-        """Are the runs so long that `flash` is faster than tiles over pages?"""
-        return sum(run.tokens for run in self.runs) >= LONG * len(self.runs)
+    @cached_property
+    def kind(self) -> str:
+        """One of `codegen.kernel.WHEN`: prompts from their beginning, long ones, or anything else."""
+        tokens = sum(run.tokens for run in self.runs)
+        whole = all(run.position == 0 for run in self.runs)
+        return FRESH if whole and tokens >= LONG * len(self.runs) else PAGED
+
+    def batches(self, multiple: int) -> Iterator[tuple[int, int, int]]:
+        """(first token, runs, tokens of each), runs of equal lengths as one where that is such a multiple."""
+        for tokens, runs in itertools.groupby(self.runs, lambda run: run.tokens):
+            alike = list(runs)
+            if tokens % multiple == 0:
+                yield alike[0].first, len(alike), tokens
+            else:
+                yield from ((run.first, 1, tokens) for run in alike)
 
 
-def flash(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, layout: StepLayout, out: Tensor, scale: float
-) -> None:
-    """Write causal attention of each run into out [N, Hq, D]: torch's kernel over keys gathered from the pages.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: StepLayout, out: Tensor, *, scale: float, multiple: int
+) -> Tensor | None:
+    """Causal attention of whole prompts over themselves, by torch: written into out [1, N, Hq * D], or given back.
 
-    q [N, Hq, D]; k_pages, v_pages [P, Hkv, page, D]; tables int64 [S, M]. Window, softcap and sinks it does not have.
+    q [P, Hq, D], k and v [P, Hkv, D], P >= N + multiple - 1: prompts are read as if their lengths were multiples, as
+    torch's kernel may be planned anew for each length. What follows a prompt's end is seen by none of its tokens.
     """
-    size = k_pages.shape[2]
-    for run in layout.runs:
-        length = run.position + run.tokens
-        pages = tables[run.row, : -(-length // size)]
-        k, v = (p[pages].transpose(0, 1).flatten(1, 2)[None, :, :length] for p in (k_pages, v_pages))
-        x = q[run.first : run.first + run.tokens].transpose(0, 1)[None]
-        if run.position == 0:
-            y = scaled_dot_product_attention(x, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        else:
-            from torch.nn.attention.bias import causal_lower_right  # here, as it imports all of torch._dynamo
-
-            mask = causal_lower_right(run.tokens, length)
-            y = scaled_dot_product_attention(x, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-        out[run.first : run.first + run.tokens] = y[0].transpose(0, 1)
+    count = out.shape[1]
+    if layout.runs[-1].tokens % multiple:
+        for tensor in (k, v):
+            tensor[count:].zero_()  # 0 times what lies there must not be nan
+    batches = list(layout.batches(multiple))
+    for first, batch, tokens in batches:
+        padded = -(-tokens // multiple) * multiple
+        x, y, z = (t[first : first + batch * padded].unflatten(0, (batch, padded)).transpose(1, 2) for t in (q, k, v))
+        made = scaled_dot_product_attention(x, y, z, is_causal=True, scale=scale, enable_gqa=True)
+        rows = made.transpose(1, 2).flatten(0, 1)[: batch * tokens].flatten(1)
+        if len(batches) == 1:
+            return rows[None]
+        out[0, first : first + batch * tokens] = rows
+    return None

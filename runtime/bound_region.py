@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmopt.codegen.kernel import SIZES, Buffer, Call, Launcher, RegionCode, evaluate
+from llmopt.codegen.kernel import PAGED, SIZES, WHEN, Buffer, Call, Launcher, RegionCode, evaluate
 from llmopt.compiler.errors import BuildError
 from llmopt.runtime.attend import StepLayout
 
@@ -26,88 +28,126 @@ class Frame:
     sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SIZES, 1))
     layout: StepLayout | None = None
 
+    def __post_init__(self) -> None:
+        self.begin(self.sizes, self.layout)
+
+    def begin(self, sizes: dict[str, int], layout: StepLayout | None = None) -> None:
+        """The next step's."""
+        self.sizes, self.layout = sizes, layout
+        self.kind = PAGED if layout is None else layout.kind
+        self.key: tuple[int | str, ...] = (*sizes.values(), self.kind)
+
 
 @dataclass(frozen=True)
 class _Ready:
-    """Calls and shapes for one set of sizes; a launch's arguments are names, numbers or None."""
+    """A region for one set of sizes, over a list of values: inputs, layout, tiles, what is `made` at each call, what
+    is `fixed`. Calls are (function of the arguments, the arguments out of the list, place of the result)."""
 
-    calls: tuple[tuple[Callable[..., Any], tuple[int, ...] | None, tuple[Any, ...]], ...]
-    outputs: tuple[tuple[tuple[int, ...], torch.dtype] | str, ...]
-    temporaries: tuple[tuple[tuple[int, ...], torch.dtype] | Tensor, ...]
+    made: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    fixed: tuple[Any, ...]
+    calls: tuple[tuple[Callable[[Any], Any], Callable[[list[Any]], Any], int], ...]
+    results: tuple[int, ...]
 
 
 class BoundRegion:
     """Runs a region: call it with the list of its inputs; it gives the list of its outputs.
 
     Outputs and temporaries come from torch's allocator at each call, which gives what a layer has left to the next and,
-    while a graph is captured, lays them out once; buffers to be kept are made once for each set of sizes.
+    while a graph is captured, lays them out once; buffers to be kept are made once for each set of sizes. `spent` are
+    the inputs that nobody reads after the region: outputs may be written over them.
     """
 
-    def __init__(self, code: RegionCode, launcher: Launcher, ops: Ops, frame: Frame, device: torch.device) -> None:
+    def __init__(
+        self,
+        code: RegionCode,
+        launcher: Launcher,
+        ops: Ops,
+        frame: Frame,
+        device: torch.device,
+        spent: Collection[int] = (),
+    ) -> None:
         self.code, self.frame, self.device = code, frame, device
+        self._spent = {f"in{i}" for i in spent}
         self._functions = [_function(call, launcher, ops) for call in code.calls]
-        self._block = next((_block_of(c) for c in code.calls if c.kernel is not None and "tiles" in c.args), None)
-        self._ready: dict[tuple[int, ...], _Ready] = {}
-        self._kept: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        self._blocks = {kind: next(map(_block_of, filter(_tiled, self._calls(kind))), None) for kind in WHEN}
+        self._ready: dict[tuple[int | str, ...], _Ready] = {}
+        self._kept: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def __call__(self, inputs: list[Any]) -> list[Tensor]:
-        frame, device = self.frame, self.device
-        values: dict[str, Any] = {f"in{i}": value for i, value in enumerate(inputs)}
-        values["layout"] = frame.layout
-        if self._block is not None:
+        frame, device, tiles = self.frame, self.device, None
+        key, block = frame.key, self._blocks[frame.kind]
+        if block is not None:
             assert frame.layout is not None
-            values["tiles"] = tiles = frame.layout.tiles(self._block)
-            frame.sizes["T"] = len(tiles)
-        key = tuple(frame.sizes.values())
-        ready = self._ready.get(key) or self._prepare(key)
-        for i, made in enumerate(ready.temporaries):
-            values[f"tmp{i}"] = made if isinstance(made, Tensor) else torch.empty(made[0], dtype=made[1], device=device)
-        for i, out in enumerate(ready.outputs):
-            values[f"out{i}"] = (
-                values[out] if isinstance(out, str) else torch.empty(out[0], dtype=out[1], device=device)
-            )
-        for function, grid, named in ready.calls:
-            args = [values[a] if isinstance(a, str) else a for a in named]
-            if grid is None:
-                function(*args)
-            else:
-                function(grid, args)
-        return [values[f"out{i}"] for i in range(len(ready.outputs))]
+            tiles = frame.layout.tiles(block)
+            key = (*key, tiles.shape[0])
+        ready = self._ready.get(key) or self._prepare(key, len(inputs), tiles)
+        values = [*inputs, frame.layout, tiles]
+        values += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in ready.made]
+        values += ready.fixed
+        for run, take, place in ready.calls:
+            given = run(take(values))
+            if given is not None:
+                values[place] = given
+        return [values[i] for i in ready.results]
 
-    def _prepare(self, key: tuple[int, ...]) -> _Ready:
-        sizes = self.frame.sizes
+    def _calls(self, kind: str) -> list[Call]:
+        return [c for c in self.code.calls if c.when in (None, kind)]
+
+    def _prepare(self, key: tuple[int | str, ...], inputs: int, tiles: Tensor | None) -> _Ready:
         if len(self._ready) >= _KEPT_PLANS:
             self._ready.clear()
+        sizes = {**self.frame.sizes, "T": 0 if tiles is None else tiles.shape[0]}
+        where = {**{f"in{i}": i for i in range(inputs)}, "layout": inputs, "tiles": inputs + 1}
+        made: list[tuple[tuple[int, ...], torch.dtype]] = []
+        kept: list[tuple[str, Tensor]] = []
+        for name, buffer in self._buffers():
+            alias = buffer if isinstance(buffer, str) else buffer.over if buffer.over in self._spent else None
+            if alias is not None:
+                where[name] = where[alias]
+                continue
+            assert isinstance(buffer, Buffer)
+            shape = tuple(evaluate(s, sizes) for s in buffer.shape)
+            if buffer.kept:
+                kept.append((name, self._keep(name, shape, buffer)))
+            else:
+                where[name] = inputs + 2 + len(made)
+                made.append((shape, getattr(torch, buffer.dtype)))
+        start = inputs + 2 + len(made)
+        where.update((name, start + i) for i, (name, _) in enumerate(kept))
+        fixed: list[Any] = [tensor for _, tensor in kept]
 
-        def shaped(buffer: Buffer) -> tuple[tuple[int, ...], torch.dtype]:
-            return tuple(evaluate(s, sizes) for s in buffer.shape), getattr(torch, buffer.dtype)
-
-        def temporary(index: int, buffer: Buffer) -> tuple[tuple[int, ...], torch.dtype] | Tensor:
-            shape, dtype = shaped(buffer)
-            if not buffer.kept:
-                return shape, dtype
-            if (index, shape) not in self._kept:
-                self._kept[index, shape] = torch.zeros(shape, dtype=dtype, device=self.device)
-            return self._kept[index, shape]
-
-        names = {"tiles", "layout"} | {f"tmp{i}" for i in range(len(self.code.temporaries))}
-        names |= {f"out{i}" for i in range(len(self.code.outputs))}
-
-        def argument(value: Any) -> Any:
-            tensor = isinstance(value, str) and (value in names or value.startswith("in"))
-            return value if value is None or tensor else evaluate(value, sizes)
+        def place(value: Any) -> int:
+            if value in where:
+                return where[value]
+            fixed.append(value if value is None else evaluate(value, sizes))
+            return start + len(fixed) - 1
 
         calls = []
-        for function, call in zip(self._functions, self.code.calls, strict=True):
-            grid = tuple(evaluate(g, sizes) for g in call.grid) if call.kernel is not None else None
-            calls.append((function, grid, tuple(argument(a) for a in call.args)))
-        ready = _Ready(
-            tuple(calls),
-            tuple(o if isinstance(o, str) else shaped(o) for o in self.code.outputs),
-            tuple(temporary(i, t) for i, t in enumerate(self.code.temporaries)),
-        )
-        self._ready[key] = ready
+        for run, call in zip(self._functions, self.code.calls, strict=True):
+            if call.when in (None, self.frame.kind):
+                places = [place(a) for a in call.args]
+                over = partial(run, tuple(evaluate(g, sizes) for g in call.grid)) if call.kernel is not None else run
+                calls.append((over, itemgetter(*places) if len(places) > 1 else _only(places[0]), places[-1]))
+        results = tuple(where[f"out{i}"] for i in range(len(self.code.outputs)))
+        ready = self._ready[key] = _Ready(tuple(made), tuple(fixed), tuple(calls), results)
         return ready
+
+    def _buffers(self) -> Iterator[tuple[str, Buffer | str]]:
+        yield from ((f"tmp{i}", buffer) for i, buffer in enumerate(self.code.temporaries))
+        yield from ((f"out{i}", buffer) for i, buffer in enumerate(self.code.outputs))
+
+    def _keep(self, name: str, shape: tuple[int, ...], buffer: Buffer) -> Tensor:
+        if (name, shape) not in self._kept:
+            self._kept[name, shape] = torch.zeros(shape, dtype=getattr(torch, buffer.dtype), device=self.device)
+        return self._kept[name, shape]
+
+
+def _tiled(call: Call) -> bool:
+    return call.kernel is not None and "tiles" in call.args
+
+
+def _only(place: int) -> Callable[[list[Any]], tuple[Any]]:
+    return lambda values: (values[place],)
 
 
 def _block_of(call: Call) -> int:
@@ -121,4 +161,8 @@ def _function(call: Call, launcher: Launcher, ops: Ops) -> Callable[..., Any]:
         return launcher(call.kernel)
     if call.op is None or call.op not in ops:
         raise BuildError(f"a region calls {call.op!r}, which nothing here runs; known are {', '.join(sorted(ops))}")
-    return ops[call.op]
+    return partial(_spread, partial(ops[call.op], **dict(call.constants)))
+
+
+def _spread(op: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return op(*args)

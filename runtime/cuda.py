@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmopt.codegen.cubin import Cubin
 from llmopt.codegen.kernel import Argument, Kernel, Launch, Launcher
+from llmopt.compiler._torch import current_stream
 from llmopt.compiler.errors import BuildError, DeviceError, DeviceMemoryError
 
 _NUMBERS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
@@ -65,7 +66,7 @@ class LoadedKernel:
 
     def _launch(self, frame: _Frame) -> None:
         config = frame.config
-        config.hStream = torch.cuda.current_stream(self.device).cuda_stream
+        config.hStream = current_stream(self.device)
         (result,) = _driver().cuLaunchKernelEx(config, self.function, frame.where, 0)
         if result:
             self._failed(result, frame)
@@ -90,6 +91,7 @@ class _Frame:
             raise BuildError(f"kernel {cubin.entry} takes a {odd[0]}, which this llmopt cannot pass; compile it again")
         kinds = [ctypes.c_void_p if kind[0] == "*" else _NUMBERS[kind] for kind in cubin.params]
         self.values = [kind() for kind in (*kinds, *[ctypes.c_void_p] * _SCRATCH)]
+        self.slots = list(zip(self.values, (kind[0] == "*" for kind in cubin.params), strict=False))
         self.addresses = (ctypes.c_void_p * len(self.values))(*map(ctypes.addressof, self.values))
         self.where = ctypes.addressof(self.addresses)
         self.config = _driver().CUlaunchConfig()
@@ -104,22 +106,23 @@ class _Frame:
             raise BuildError(f"kernel {self.entry} takes {len(self.params)} arguments, got {len(args)}")
         config = self.config
         config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
-        for slot, kind, arg in zip(self.values, self.params, args, strict=False):  # scratch stays null
-            slot.value = self._address(arg) if kind[0] == "*" else arg
+        device = self.device
+        for (slot, pointer), arg in zip(self.slots, args, strict=True):  # scratch stays null
+            if not pointer or arg is None:
+                slot.value = arg
+            elif isinstance(arg, Tensor) and arg.get_device() == device and not (at := arg.data_ptr()) % _ALIGNMENT:
+                slot.value = at
+            else:
+                raise self._refused(arg)
 
-    def _address(self, value: Argument) -> int | None:
-        if value is None:
-            return None
+    def _refused(self, value: Argument) -> BuildError:
         if not isinstance(value, Tensor) or value.get_device() != self.device:
             seen = f"a tensor on {value.device}" if isinstance(value, Tensor) else repr(value)
-            raise BuildError(f"kernel {self.entry} takes tensors on cuda:{self.device}, got {seen}")
-        address = value.data_ptr()
-        if address % _ALIGNMENT:
-            raise BuildError(
-                f"kernel {self.entry} takes tensors at multiples of {_ALIGNMENT} bytes, got one of shape "
-                f"{tuple(value.shape)} at {address:#x}; copy it"
-            )
-        return address
+            return BuildError(f"kernel {self.entry} takes tensors on cuda:{self.device}, got {seen}")
+        return BuildError(
+            f"kernel {self.entry} takes tensors at multiples of {_ALIGNMENT} bytes, got one of shape "
+            f"{tuple(value.shape)} at {value.data_ptr():#x}; copy it"
+        )
 
 
 def _load(cubin: Cubin, device: int) -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ class NewPage(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A batch of one token a sequence, as the engine lays it out: int64 [n] tensors and the cache's block table.
+    """A batch of one token a sequence, as the engine lays it out on the host: int64 [n] tensors, and the block table.
 
     `cache_rows` are the sequences' rows in `block_tables` [S, P]; `length` is the longest sequence's length, the token
     of this step included.
@@ -90,7 +90,8 @@ class DecodeState:
         ):
             getattr(self, name)[:count].copy_(value)
         self.moves[:count].fill_(1)
-        self.tables[:count, :width].copy_(batch.block_tables[batch.cache_rows, :width])
+        rows = batch.cache_rows.to(batch.block_tables.device)
+        self.tables[:count, :width].copy_(batch.block_tables[rows, :width])
 
     def add(self, pages: Sequence[NewPage]) -> None:
         """Enter new pages, and the slots of the tokens that come first in them."""

@@ -30,8 +30,8 @@ _GREEDY = SamplingParams()
 class StepFn(Protocol):
     """One forward over N tokens of any sequences; K and V go to and come from the cache behind it.
 
-    int64 in: input_ids [1, N], position_ids [1, N], slots [N], seq_ids [N], block_tables [S, P], rows [R];
-    logits [R, V] out, R at least 1. The tensors are the engine's and change in place after the call.
+    int64 in, on the host: input_ids [1, N], position_ids [1, N], slots [N], seq_ids [N], block_tables [S, P], rows [R];
+    logits [R, V] out where the model is, R at least 1. The tensors are the engine's and change in place after the call.
     """
 
     def __call__(
@@ -255,7 +255,8 @@ class Engine:
         for sequence, cached in self._parts:
             sequence.cached = cached
         if self._batch:
-            position = self._positions[0, self._rows] + 1 if self._sampling.sampled else None
+            warm = self._sampling.sampled
+            position = (self._positions[0, self._rows] + 1).to(logits.device) if warm else None
             self._next = sample(logits, self._sampling, position)
             self._commit(self._next.tolist())
 
@@ -314,7 +315,7 @@ class Engine:
         self._slots.add_(1)
         starts = [(i, pages[-1] * self.cache.page_size) for i, pages in self._turned()]
         if starts:
-            index, slot = torch.tensor(starts, device=self.cache.device).unbind(1)
+            index, slot = torch.tensor(starts).unbind(1)
             self._slots[index] = slot
 
     def _admit(self) -> None:
@@ -363,12 +364,11 @@ class Engine:
             else:
                 self._parts.append((sequence, stop))
         if ids:
-            device = self.cache.device
-            tokens = torch.tensor(flat, device=device)
+            tokens = torch.tensor(flat)
             self._ids, self._positions, self._slots, self._seq_ids = tokens[:1], tokens[1:2], *tokens[2:]
             # a step without rows would be a shape of its own to every kernel, so one unused row is asked for
-            self._rows = torch.tensor(rows or [len(ids) - 1], device=device)
+            self._rows = torch.tensor(rows or [len(ids) - 1])
             batch = self._batch
-            self._sampling = SampleRows.of([s.params for s in batch], [s.key for s in batch], device)
+            self._sampling = SampleRows.of([s.params for s in batch], [s.key for s in batch], self.cache.device)
         limit = 0 if self._decoder is None else self._decoder.limit
         self._handed = len(self._batch) == len(self._running) == len(ids) <= limit

@@ -167,7 +167,7 @@ class Executor:
     """Runs one graph. `state` gives the current page tensors by input name; `regions` the compiled regions.
 
     Calling it takes the graph's inputs without state, in order, and returns its single result (or a tuple). `device`
-    is where weights and inputs lie (None: the CPU).
+    is where the weights lie and it runs (None: the CPU).
     """
 
     def __init__(
@@ -179,6 +179,7 @@ class Executor:
         device: torch.device | None = None,
     ) -> None:
         self.graph, self.weights, self.regions, self.device = graph, weights, regions, device
+        self._away = device is not None and device.type != "cpu"
         self.state = {} if state is None else state
         names = [n.name for n in graph.inputs()]
         self.state_names = [n for n in names if n in self.state]
@@ -205,4 +206,6 @@ class Executor:
         if run is None:
             self.plan(shape)
             run = self._run[shape]
+        if self._away:
+            inputs = tuple(t.to(self.device) for t in inputs)
         return run(*inputs, *[self.state[n] for n in self.state_names])

@@ -17,19 +17,23 @@ from llmopt.codegen.kernel import Launcher
 from llmopt.codegen.sampling import REGION as SAMPLE
 from llmopt.codegen.splits import splits
 from llmopt.compiler.errors import DeviceMemoryError
-from llmopt.compiler.graph import target_name
+from llmopt.compiler.graph import Graph, target_name
 from llmopt.runtime.attend import StepLayout
 from llmopt.runtime.bound_region import BoundRegion, Frame
 from llmopt.runtime.decoder import DecodeState
 from llmopt.runtime.executor import flat_plan, implementation
 from llmopt.runtime.gpu_code import MANY, GpuCode, decode_shape
 from llmopt.runtime.torch_calls import TORCH_CALLS
+from llmopt.runtime.transfer import inputs_on
 
 SHORTEST = 256  # contexts up to here are split alike
 
 
 class GpuStep:
     """Implements `runtime.engine.StepFn` for regions compiled to kernels.
+
+    Steps of any tokens take tensors of the host, from which the host knows which tokens follow one another: nothing is
+    waited for, and steps queue up. Tensors of the device are waited for.
 
     `state` gives the page tensors by input name; `launcher` makes kernels ready (`runtime.cuda` on a GPU,
     `codegen.interpret` on a CPU, where `device` is the CPU too).
@@ -47,6 +51,7 @@ class GpuStep:
         self.frame = Frame()
         graph = code.program.graph("step")
         self.state_names = [n.name for n in graph.inputs() if n.name in state]
+        self._spent = spent_inputs(graph)
         self._bound: dict[tuple[str, str], BoundRegion] = {}
         self._runs: dict[str, Callable[..., Any]] = {}
 
@@ -62,11 +67,11 @@ class GpuStep:
         /,
     ) -> Tensor:
         sequences, width = block_tables.shape
-        self._frame(len(slots), len(rows), sequences, width, 1)
-        self.frame.layout = StepLayout.of(seq_ids, position_ids)
-        inputs = (input_ids, position_ids, slots, seq_ids, block_tables.contiguous(), rows)
+        layout = StepLayout.of(seq_ids, position_ids, self.device)
+        self._frame(len(slots), len(rows), sequences, width, 1, layout)
+        inputs = inputs_on(self.device, (input_ids, position_ids, slots, seq_ids, block_tables, rows))
         try:
-            return self._run(MANY)(*map(_aligned, inputs), *[self.state[n] for n in self.state_names])  # type: ignore[no-any-return]
+            return self._run(MANY)(*inputs, *[self.state[n] for n in self.state_names])  # type: ignore[no-any-return]
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(
                 f"a step of {len(slots)} tokens does not fit the GPU's memory ({_first_line(error)}); "
@@ -102,8 +107,11 @@ class GpuStep:
         """The flat program of a class, readable."""
         return self._plan(shape).source
 
-    def _frame(self, tokens: int, rows: int, sequences: int, width: int, parts: int) -> None:
-        self.frame.sizes = {"N": tokens, "R": rows, "S": sequences, "M": width, "T": 1, "SPLITS": parts}
+    def _frame(
+        self, tokens: int, rows: int, sequences: int, width: int, parts: int, layout: StepLayout | None = None
+    ) -> None:
+        sizes = {"N": tokens, "R": rows, "S": sequences, "M": width, "T": 1, "SPLITS": parts}
+        self.frame.begin(sizes, layout)
 
     def _run(self, shape: str) -> Callable[..., Any]:
         if shape not in self._runs:
@@ -123,13 +131,31 @@ class GpuStep:
         key = name, shape
         if key not in self._bound:
             code = self.code.code(name, shape)
-            self._bound[key] = BoundRegion(code, self.launcher, TORCH_CALLS, self.frame, self.device)
+            spent = self._spent.get(name, ())
+            self._bound[key] = BoundRegion(code, self.launcher, TORCH_CALLS, self.frame, self.device, spent)
         return self._bound[key]
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    # kernels load 16 bytes at a time
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+def spent_inputs(step: Graph) -> dict[str, frozenset[int]]:
+    """By region, which of its inputs are results of regions that nothing reads after it, whichever call it is."""
+    order = {node: i for i, node in enumerate(step.fx.nodes)}
+    found: dict[str, frozenset[int]] = {}
+    for node in order:
+        if node.op == "call_module":
+            own = frozenset(i for i, arg in enumerate(node.args) if _ends(arg, node, order))
+            found[str(node.target)] = found.get(str(node.target), own) & own
+    return found
+
+
+def _ends(value: Any, reader: fx.Node, order: Mapping[fx.Node, int]) -> bool:
+    if not isinstance(value, fx.Node) or target_name(value) != "getitem" or reader.args.count(value) > 1:
+        return False
+    maker, index = value.args
+    others = [u for u in maker.users if u is not value and u.args[1] == index]  # type: ignore[union-attr]
+    regions = [maker, *value.users]
+    # an op of torch may give back a view of what it reads
+    alone = not others and all(n.op == "call_module" for n in regions)  # type: ignore[union-attr]
+    return alone and max(value.users, key=order.__getitem__) is reader
 
 
 def _selects_rows(node: fx.Node) -> bool:

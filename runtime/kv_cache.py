@@ -94,7 +94,7 @@ class KVCache:
         }
         self._pages: dict[int, list[int]] = {}
         self._free_rows: list[int] = []
-        self._table = torch.zeros(8, 8, dtype=torch.int64, device=self.device)
+        self._table = torch.zeros(8, 8, dtype=torch.int64)
         self._pending: list[tuple[int, int, int]] = []
         self._view: Tensor | None = None
 
@@ -180,7 +180,7 @@ class KVCache:
             self._table = self._table.new_zeros(shape)
             self._pending = [(r, i, page) for r, pages in self._pages.items() for i, page in enumerate(pages)]
         if self._pending:
-            row, column, page = torch.tensor(self._pending, device=self.device).unbind(1)
+            row, column, page = torch.tensor(self._pending).unbind(1)
             self._table[row, column] = page
             self._pending = []
 

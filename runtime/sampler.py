@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmopt.compiler.errors import InputError
+from llmopt.runtime.transfer import to_device
 
 _WORD = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -90,8 +91,8 @@ class SampleRows:
         warm = [p for p in params if p.temperature > 0]
         reals = [[p.temperature for p in params], [1.0 - p.top_p for p in params]]
         whole = [[p.top_k for p in params], [p.seed for p in params], list(sequences)]
-        temperature, tail = torch.tensor(reals, dtype=torch.float32, device=device)
-        top_k, seed, sequence = torch.tensor(whole, dtype=torch.int64, device=device)
+        temperature, tail = to_device(torch.tensor(reals, dtype=torch.float32), device)
+        top_k, seed, sequence = to_device(torch.tensor(whole, dtype=torch.int64), device)
         return cls(
             temperature, tail, top_k, seed, sequence,
             sampled=bool(warm),

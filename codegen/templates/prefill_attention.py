@@ -131,7 +131,7 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
     elif wide > 128:
         tried = [(128, 32, 8, 2), (64, 32, 4, 2)]
     elif "wgmma" in target.features:
-        tried = [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2)]
+        tried = [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2)]
     else:
         # the queries lie in registers: less room for scores
         tried = [(64, 32, 4, 3), (128, 32, 8, 3), (64, 32, 4, 2), (128, 32, 8, 2)]
@@ -143,12 +143,16 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
     ]
 
 
-def flash(shape: Mapping[str, int], dtype: str, window: int, softcap: float, sinks: bool) -> str | None:
-    """None if torch's flash kernel computes the same over gathered pages, else the reason why not."""
+def torch_attends(
+    shape: Mapping[str, int], dtype: str, target: Target, window: int, softcap: float, sinks: bool
+) -> str | None:
+    """None if torch's attention of whole prompts computes the same, faster where it was measured; else why not."""
     if window > 0 or softcap > 0 or sinks:
         return "window, softcap and sinks are not its own"
     if dtype not in ("bfloat16", "float16"):
-        return f"dtype {dtype}"
+        return f"dtype {dtype}: it has no fast kernel"
+    if "wgmma" not in target.features:
+        return f"{target.isa}: not measured there"
     if shape["D"] != shape["DV"] or shape["D"] % 8 or shape["D"] > 256:
         return f"head sizes {shape['D']} and {shape['DV']}: equal multiples of 8 up to 256 are wanted"
     return None

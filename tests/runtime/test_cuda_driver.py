@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,7 +71,7 @@ class Driver:
 def driver(monkeypatch):
     made = Driver()
     monkeypatch.setattr(cuda, "_driver", lambda: made)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
+    monkeypatch.setattr(cuda, "current_stream", lambda device: 77)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "_load", lambda cubin, device: ("function", "context"))
     return made
