@@ -104,9 +104,9 @@ def source_hash(module: str) -> str:
     return hashlib.sha256("\n".join(map(ast.unparse, kernels)).encode()).hexdigest()[:16]
 
 
-def write(isa: str, entries: Iterable[Mapping[str, Any]], folder: Path = TABLES) -> Path:
+def write(isa: str, entries: Iterable[Mapping[str, Any]], folder: Path | None = None) -> Path:
     """Put entries into an architecture's table, each in place of the one of the same key; the file's path."""
-    path = folder / f"{isa}.json"
+    path = (folder or TABLES) / f"{isa}.json"
     old = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.exists() else []
     merged = {key(e["template"], e["shape"], e["dtype"]): e for e in [*old, *entries]}
     lines = ",\n".join(json.dumps(merged[k], sort_keys=True) for k in sorted(merged))
