@@ -10,8 +10,8 @@ parts than a token has tiles of keys: programs beyond leave nothing and draw no 
 
 What is read before the wait for the kernel ahead (PDL) is positions, slots, tables, sinks, and pages of earlier tokens.
 Under PDL the kernel ahead may still run by then, and the ones ahead of that too, as far back as each lets its
-dependents start before its own wait (`gemv` with EARLY does, this kernel with EARLY does; `gemm`, `rows` and `sample`
-do not). So none of it may be written by a kernel of the same step that is still running:
+dependents start before its own wait (`gemv`, `gemm` and this kernel do with EARLY; `rows` and `sample` do not). So
+none of it may be written by a kernel of the same step that is still running:
 
 - Sinks are weights, tables are written by the host's copies between steps, pages of earlier tokens by earlier steps
   (or prompts), slots and positions by the sampling that ended the step before. In a step, only the sampling at its end
@@ -85,14 +85,15 @@ def _combine(partial, lse, out, n, h, parts, SPLITS, HQ: tl.constexpr, HKV: tl.c
         results = tl.load(
             partial + (at[:, :, None] * DV + d[None, None, :]), mask=some, other=0.0, cache_modifier=".cg"
         )
-        ok = real[:, None] & (g < G)[None, :]
-        tops = tl.load(lse + at * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
-        sums = tl.load(lse + at * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
-        tops = tl.where((g < G)[None, :], tops, 0.0)  # heads that pad the group stay finite
-        top = tl.maximum(m, tl.max(tops, 0))
-        shrink, weights = tl.exp2(m - top), tl.exp2(tops - top[None, :])
-        mass = mass * shrink + tl.sum(sums * weights, 0)
-        acc = acc * shrink[:, None] + tl.sum(results * weights[:, :, None], 0)
+        # heads by parts: the threads that hold a head's parts are neighbours
+        ok = (g < G)[:, None] & real[None, :]
+        tops = tl.load(lse + tl.trans(at) * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
+        sums = tl.load(lse + tl.trans(at) * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
+        tops = tl.where((g < G)[:, None], tops, 0.0)  # heads that pad the group stay finite
+        top = tl.maximum(m, tl.max(tops, 1))
+        shrink, weights = tl.exp2(m - top), tl.exp2(tops - top[:, None])
+        mass = mass * shrink + tl.sum(sums * weights, 1)
+        acc = acc * shrink[:, None] + tl.sum(results * tl.trans(weights)[:, :, None], 0)
         m = top
     value = acc / tl.where(g < G, mass, 1.0)[:, None]
     tl.store(out + (head[:, None] * DV + d[None, :]), value.to(out.dtype.element_ty), mask=inside)
