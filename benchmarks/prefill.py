@@ -1,6 +1,7 @@
 """Reading prompts on one GPU against Inductor: prompts in, the first new token of each out; numerics first.
 
     python benchmarks/prefill.py --models llama-3.1-8b --shapes 1x2048 4x2048
+    python benchmarks/prefill.py --diagnose --peers llmopt plain-max-autotune     # where the time goes; writes nothing
 
 The peers are transformers' eager forward and the plain module under torch.compile(dynamic=False,
 mode="max-autotune-no-cudagraphs"), whose attention is causal SDPA over the prompt itself. Weights, gate, turns and
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,11 +25,14 @@ from _gpu_cases import (
     each_case,
     has_device,
     measure,
+    prepared,
     random_case,
     show,
 )
 from _gpu_models import SHAPES, Plain, Weights
 from _gpu_peers import OURS, Case, Peer, compiled, ours, rows_for
+from _gpu_timeline import diagnosis, show_diagnosis
+from _gpu_timing import Clock
 from torch import Tensor, nn
 
 
@@ -86,13 +90,13 @@ class Llmopt:
         self.model = ours(case)
         self.note = f"llmopt, recipe {self.model.recipe.name}, target {self.model.target.name}, one step, paged cache"
         cache, (batch, tokens) = self.model.cache, case.ids.shape
-        device = cache.device
         rows = rows_for(self.model, case, tokens)
-        slots = torch.tensor([s for row in rows for s in cache.slots(row, 0, tokens)], device=device)
-        positions = torch.arange(tokens, device=device).repeat(batch)
-        last = torch.arange(1, batch + 1, device=device) * tokens - 1
-        seq_ids = torch.tensor(rows, device=device).repeat_interleave(tokens)
-        ids = case.ids.reshape(1, -1).contiguous()
+        # on the host, as the engine hands them over; each step copies them
+        slots = torch.tensor([s for row in rows for s in cache.slots(row, 0, tokens)])
+        positions = torch.arange(tokens).repeat(batch)
+        last = torch.arange(1, batch + 1) * tokens - 1
+        seq_ids = torch.tensor(rows).repeat_interleave(tokens)
+        ids = case.ids.reshape(1, -1).cpu()
         self.inputs = ids, positions[None], slots, seq_ids, cache.block_tables(), last
 
     def rewind(self) -> None:
@@ -123,6 +127,9 @@ def run(args: argparse.Namespace) -> None:
         name, batch, tokens, kept = about
         case = random_case(model, weights, batch, tokens, args.compile, kept)
         makers = {peer: PEERS[peer] for peer in args.peers}
+        if args.diagnose:
+            diagnose(makers, case, args.steps, f"{name} {batch}x{tokens}")
+            return
         found = {"model": name, "batch": batch, "tokens": tokens}
         found |= measure(makers, case, case.ids, args.rounds, args.steps)
         show(found, f"prompts, {name} {args.dtype}, {batch} x {tokens}")
@@ -130,6 +137,14 @@ def run(args: argparse.Namespace) -> None:
             add_cases(out, [found])
 
     each_case(args.models, args.shapes, args, one)
+
+
+def diagnose(makers: Mapping[str, Callable[[Case], Peer]], case: Case, steps: int, title: str) -> None:
+    """What each peer's step consists of; no gate, no turns."""
+    clock = Clock(str(case.model.device))
+    peers, _, _ = prepared(makers, case, clock)
+    for name, peer in peers.items():
+        show_diagnosis(diagnosis(peer, clock, steps, 14), f"{title} {name}")
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -143,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["llama-3.1-8b"], metavar="NAME")
     parser.add_argument("--shapes", type=shape, nargs="+", default=[(1, 2048), (4, 2048)], help="such as 4x2048")
+    parser.add_argument("--diagnose", action="store_true", help="print where the time of the peers' steps goes")
     add_options(parser, PEERS, DEFAULT)
     parser.set_defaults(rounds=10, steps=5)
     args = parser.parse_args(argv)

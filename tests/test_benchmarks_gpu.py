@@ -21,6 +21,7 @@ def bench() -> SimpleNamespace:
         import _gpu_cases as cases
         import _gpu_models as models
         import _gpu_peers as peers
+        import _gpu_timeline as timeline
         import _gpu_timing as timing
         import decode
         import prefill
@@ -28,8 +29,9 @@ def bench() -> SimpleNamespace:
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
     return SimpleNamespace(
-        cases=cases, models=models, peers=peers, timing=timing, decode=decode, prefill=prefill, startup=startup
-    )
+        cases=cases, models=models, peers=peers, timeline=timeline, timing=timing, decode=decode, prefill=prefill,
+        startup=startup,
+    )  # fmt: skip
 
 
 def model_and_ids(bench: SimpleNamespace, shape: str, dtype: torch.dtype = torch.float32):
@@ -162,6 +164,25 @@ def test_kernels_are_counted_from_the_trace(bench: SimpleNamespace) -> None:
         "busy_us": 8.5,
         "longest": [{"name": "gemm", "calls": 2, "us": 7.0}],
     }
+
+
+def test_idle_time_lies_between_kernels_of_steps_that_follow_each_other(bench: SimpleNamespace) -> None:
+    step = (("copy", 0.0, 2.0), ("gemm", 5.0, 10.0), ("norm", 14.0, 4.0), ("in the gemm", 6.0, 1.0))
+    events = [{"cat": "kernel", "name": name, "ts": 100 * i + at, "dur": us} for i in range(5) for name, at, us in step]
+    found = bench.timeline.timeline(bench.timeline.device_events(events[::-1]), 5, 1, 3)
+    assert (found["wall_us"], found["busy_us"], found["idle_us"], found["events"]) == (100, 15, 85, 4)
+    assert found["gaps"][0] == (82, "norm", "copy")
+    assert found["kernels"][0] == ("gemm", 1, 10)
+    uneven = bench.timeline.timeline(bench.timeline.device_events(events[1:]), 5, 1, 3)
+    assert uneven["wall_us"] == (414 - 5) / 5
+
+
+def test_a_diagnosis_tells_a_lone_step_from_those_that_follow_each_other(
+    bench: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--diagnose", "--device", "cpu", "--no-compile", "--steps", "2", "--peers", "plain-max-autotune"]
+    bench.prefill.main([*small, "--models", "tiny-llama", "--shapes", "2x16"])
+    assert "tiny-llama 2x16 plain-max-autotune: step" in capsys.readouterr().out
 
 
 def test_bytes_of_a_step_count_a_tied_table_once(bench: SimpleNamespace) -> None:
