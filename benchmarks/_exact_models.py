@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -38,6 +38,12 @@ RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {
         "vocab_size": 3001, "hidden_size": 480, "intermediate_size": 1320, "num_hidden_layers": 2,
         "num_attention_heads": 5, "num_key_value_heads": 1, "tie_word_embeddings": False,
+    }),
+    "gpt-oss": ("gpt_oss", {  # its experts replaced by one dense layer
+        "vocab_size": 2999, "hidden_size": 320, "intermediate_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 10, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": 48,
+        "num_local_experts": 2, "num_experts_per_tok": 1, "tie_word_embeddings": False,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
     }),
     "tiny": ("gemma2", {
         "vocab_size": 131, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2,
@@ -66,8 +72,21 @@ class Subject(NamedTuple):
         return torch.randint(self.model.config.vocab_size, (length,), generator=generator).tolist()
 
 
+class Dense(nn.Module):
+    """In the place of a mixture of experts."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """x [B, T, width] -> ([B, T, width], scores of a router that nobody reads)"""
+        return self.down(nn.functional.relu(self.up(x))), None
+
+
 def subject(name: str) -> Subject:
     """A checkpoint folder, or a random model by name."""
+    name = str(CHECKPOINT) if name == "pico" else name
     if name in RANDOM:
         return Subject(name, random_model(*RANDOM[name]), None)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="eager").eval()
@@ -81,6 +100,9 @@ def random_model(kind: str, options: dict[str, Any], seed: int = 0) -> PreTraine
     """A model of transformers with random matrices, norms and biases."""
     config = CONFIG_MAPPING[kind](**_COMMON, **options)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    if kind == "gpt_oss":
+        for layer in model.model.layers:
+            layer.mlp = Dense(config.hidden_size)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)

@@ -1,6 +1,9 @@
 """Is what a GPU generates right? Greedy tokens in fp32 against the CPU's, errors in bf16 and fp16 against fp64.
 
-    python benchmarks/exactness.py --models FOLDER pico qwen3 gemma2 qwen2
+    python benchmarks/exactness.py --models-dir FOLDER
+
+checks every checkpoint in the folder, the small one of the examples, and random models of further families (query and
+key norms, soft-caps and windows, biases and one key head, attention sinks).
 
 fp32: a ragged batch of prompts, each prompt alone, and prompts read in small chunks must give the tokens that
 transformers' own `generate` gives on the CPU, and so must the recipe `reference`. A token that differs is excused only
@@ -11,8 +14,9 @@ bf16, fp16: the error of logits against fp64 (same weights, whole forward on the
 forward on the same device, for prompts and for tokens decoded with the cache, in a batch and alone, teacher forced. It
 may be 1.5 at most.
 
-Whether a prompt's logits are the same bits alone, in a batch and when run again is reported and not judged. The result
-file is written after each model. Exits with 1 if anything failed.
+Whether a prompt's logits are the same bits alone, in a batch and when run again is reported and not judged. Each model
+has a process of its own, several run at a time, and the result file is written after each. Exits with 1 if anything
+failed.
 """
 
 from __future__ import annotations
@@ -20,9 +24,13 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +54,7 @@ from torch import Tensor
 
 MOST = 1.5
 CHUNK = 24
-DEFAULT = ("pico", "qwen3", "gemma2", "qwen2")
+DEFAULT = ("pico", "qwen3", "gemma2", "qwen2", "gpt-oss")
 Figures = dict[str, Any]
 
 
@@ -64,7 +72,7 @@ def check_tokens(subject: Subject, args: argparse.Namespace) -> tuple[Figures, l
     }
     exact = widened(subject.model)
     found: Figures = {
-        "prompts": list(map(len, prompts)), "new_tokens": args.new_tokens, "chunk": CHUNK,
+        "graphs": 0, "prompts": list(map(len, prompts)), "new_tokens": args.new_tokens, "chunk": CHUNK,
         "distinct_tokens": len({t for tokens in want for t in tokens}), "ways": {},
     }  # fmt: skip
     failed = []
@@ -75,10 +83,13 @@ def check_tokens(subject: Subject, args: argparse.Namespace) -> tuple[Figures, l
             difference(subject, exact, [*prompts[row], *want[row][:at]], want[row][at], got[row][at], row)
             for row, at in enumerate(places) if at is not None
         ]  # fmt: skip
-        equal = sum(args.new_tokens if at is None else at for at in places)
-        found["ways"][name] = {"equal": equal, "of": args.new_tokens * len(prompts), "differences": differences}
+        equal, total = sum(args.new_tokens if at is None else at for at in places), args.new_tokens * len(prompts)
+        found["ways"][name] = {"equal": equal, "of": total, "differences": differences}
         failed += [f"fp32, {name}: {d}" for d in differences if not d["within_rounding"]]
-        say(f"  fp32 {name}: {equal} of {args.new_tokens * len(prompts)} tokens equal, {len(differences)} differences")
+        say(f"  {subject.name} fp32 {name}: {equal} of {total} tokens equal, {len(differences)} differences")
+    found["graphs"] = session.decoder.captured if session.decoder is not None else 0
+    if args.device == "cuda" and not found["graphs"]:
+        failed.append("fp32: no step was decoded by a graph")
     return found, failed
 
 
@@ -119,7 +130,7 @@ def check_errors(subject: Subject, dtype: torch.dtype, args: argparse.Namespace)
         for way, mine in (("batch", batch[side]), ("alone", [a[side][0] for a in alone])):
             ratio, entry = compared(mine, theirs, want)
             found["errors"][f"{half}, {way}"] = entry
-            say(f"  {name_of(dtype)} {half}, {way}: {ratio:.3f} times the error of transformers")
+            say(f"  {subject.name} {name_of(dtype)} {half}, {way}: {ratio:.3f} times the error of transformers")
             if not ratio <= MOST:  # nan, too
                 failed.append(f"{name_of(dtype)}, {half}, {way}: {ratio:.3f} times eager's error, wanted {MOST}")
     found["bits"] = {
@@ -151,16 +162,17 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_model(name: str, args: argparse.Namespace) -> tuple[str, Figures]:
+def check_model(name: str, args: argparse.Namespace) -> Figures:
     """All checks of a model; one that raises has failed, and the others still run."""
-    subject = made_subject(str(CHECKPOINT) if name == "pico" else name)
-    say(f"{subject.name}:")
+    subject = made_subject(name)
     checks: dict[str, Callable[[], tuple[Figures, list[str]]]] = {"float32": lambda: check_tokens(subject, args)}
     for half in args.dtypes:
         checks[half] = lambda half=half: check_errors(subject, getattr(torch, half), args)  # type: ignore[misc]
-    figures: Figures = {"parameters": sum(p.numel() for p in subject.model.parameters()), "failed": []}
+    figures: Figures = {"name": subject.name, "parameters": sum(p.numel() for p in subject.model.parameters())}
+    figures |= {"torch_products": plain_float32(), "failed": []}
     for check, run in checks.items():
         started = time.perf_counter()
+        failed: list[str] = []
         try:
             figures[check], failed = run()
             figures[check]["seconds"] = time.perf_counter() - started
@@ -168,11 +180,12 @@ def check_model(name: str, args: argparse.Namespace) -> tuple[str, Figures]:
             failed = [f"{check}: {type(error).__name__}: {str(error)[:2000]}"]
         figures["failed"] += failed
         for line in failed:
-            say(f"  FAILED {line}")
+            say(f"  {subject.name}: FAILED {line}")
+        say(f"  {subject.name} {check}: {time.perf_counter() - started:.1f} s")
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
-    return subject.name, figures
+    return figures
 
 
 def plain_float32() -> Figures:
@@ -187,35 +200,79 @@ def plain_float32() -> Figures:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check the models; 1 if anything failed."""
-    from llmopt.runtime.measure import environment, write_json
+def in_process(name: str, args: argparse.Namespace, argv: Sequence[str]) -> Figures:
+    """A model's checks in a process of their own: a kernel at fault leaves no GPU to go on with."""
+    threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    command = [sys.executable, __file__, *argv, "--one", name]
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    started = time.perf_counter()
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    seconds = time.perf_counter() - started
+    say(f"{name}: {seconds:.1f} s")
+    try:
+        found: Figures = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        found = {"name": name, "failed": [f"its process ended with {done.returncode} and no figures"]}
+    return {**found, "seconds": seconds}
 
+
+def chosen(models: Sequence[str] | None, folder: Path | None) -> list[str]:
+    """Names as given, or all folders of models and DEFAULT; a name may be that of a folder in `folder`."""
+    found = {p.parent.name: str(p.parent) for p in sorted(folder.glob("*/config.json"))} if folder else {}
+    rest = [name for name in DEFAULT if name != "pico" or CHECKPOINT.name not in found]
+    wanted = [found.get(name, name) for name in models or (*found, *rest)]
+    unknown = [m for m in wanted if m not in ("pico", *RANDOM) and not (Path(m) / "config.json").is_file()]
+    if unknown:
+        sys.exit(f"{unknown[0]!r} is neither a folder of a checkpoint nor one of pico, {', '.join(RANDOM)}")
+    return wanted
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = f"checkpoint folders, or {', '.join(('pico', *RANDOM))}"
-    parser.add_argument("--models", nargs="+", default=DEFAULT, metavar="MODEL", help=known)
-    parser.add_argument("--dtypes", nargs="*", choices=("bfloat16", "float16"), default=("bfloat16", "float16"))
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help=known)
+    parser.add_argument("--models-dir", type=Path, help="a folder of checkpoint folders, each a model to check")
+    parser.add_argument("--dtypes", nargs="*", choices=("bfloat16", "float16"), help="half precisions to check")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the prompts of a batch")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded in half precisions")
     parser.add_argument("--device", choices=("cuda", "cpu", "interpret"), default="cuda")
+    parser.add_argument("--jobs", type=int, help="models at a time (a GPU: 3 cores a model)")
     parser.add_argument("--out", type=Path, help="result file")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    # the interpreter multiplies the bits of bf16 as integers
+    args.dtypes = args.dtypes or (("float16",) if args.device == "interpret" else ("bfloat16", "float16"))
+    args.jobs = args.jobs or (max(1, (os.cpu_count() or 1) // 3) if args.device == "cuda" else 1)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the models; 1 if anything failed."""
+    from llmopt.runtime.measure import environment, write_json
+
+    argv = sys.argv[1:] if argv is None else argv
+    args = parsed(argv)
+    if args.one:
+        print(json.dumps(check_model(args.one, args)))
+        return 0
     if not has_device("cpu" if args.device == "interpret" else args.device):
         return 0
+    names, started = chosen(args.models, args.models_dir), time.perf_counter()
     out = args.out or (default_out("exactness", args.device) if args.device == "cuda" else None)
-    figures: Figures = {"device": args.device, "torch_products": plain_float32(), "environment": environment()}
+    figures: Figures = {"device": args.device, "environment": environment()}
     models: dict[str, Figures] = {}
-    for name in args.models:
-        try:
-            key, models[key] = check_model(name, args)
-        except Exception as error:  # no such model, say
-            models[name] = {"failed": [f"{type(error).__name__}: {error}"]}
-            say(f"FAILED {name}: {error}")
-        if out is not None:
-            write_json(out, {**figures, "models": models})
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for found in pool.map(lambda name: in_process(name, args, argv), names):
+            models[found.pop("name")] = found
+            if out is not None:
+                write_json(out, {**figures, "models": models, "seconds": time.perf_counter() - started})
     failed = [f"{name}: {line}" for name, model in models.items() for line in model["failed"]]
-    say(f"{len(failed)} failures in {len(models)} models" if failed else f"all of {len(models)} models are exact")
+    for line in failed:
+        say(f"FAILED {line}")
+    verdict = f"{len(failed)} failures in {len(models)} models" if failed else f"all of {len(models)} models are exact"
+    say(f"{verdict}; {time.perf_counter() - started:.0f} s")
     return int(bool(failed))
 
 

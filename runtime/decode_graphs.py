@@ -68,12 +68,17 @@ class DecodeGraphs:
             self._replays[key] = self._record(*key) if self._pool is not None else lambda: self.run(*key)
         return self._replays[key]
 
+    @property
+    def captured(self) -> int:
+        """How many graphs there are."""
+        return len(self._replays)
+
     def capture(self, lengths: Sequence[int], rows: Sequence[int] = BUCKETS) -> int:
         """Capture every graph for these lengths and numbers of rows ahead; how many graphs there are."""
         for count in sorted((r for r in rows if r <= self.limit), reverse=True):  # the largest make the pool
             for length in lengths:
                 self.replay(count, length)
-        return len(self._replays)
+        return self.captured
 
     def _record(self, rows: int, parts: int) -> Callable[[], Tensor]:
         """Capture a step. It is run once before, which loads kernels and makes the buffers that are kept."""
