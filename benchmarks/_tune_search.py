@@ -99,7 +99,7 @@ class Descent:
     """
 
     build: Callable[[Mapping[str, Config]], Any]
-    times: Callable[[Any, Any, int], Sequence[tuple[Sequence[float], Sequence[float]]]]
+    times: Callable[[Any, Any, int], Sequence[Sequence[Sequence[float]]]]
     fault: Callable[[Any], str | None]
     over: Callable[[], bool]
     margin: float

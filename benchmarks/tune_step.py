@@ -32,7 +32,7 @@ import torch
 from _gpu_cases import has_device, say
 from _gpu_models import SHAPES
 from _tune_search import Alone, Config, Descent, Tried, candidates, entries, read_alone, short
-from _tune_steps import SPARE, Built, Case, Codes, Subject, Turns
+from _tune_steps import SPARE, Built, Case, Codes, Configs, Subject, Turns
 
 from llmopt.codegen import tuning
 from llmopt.codegen.kernel import Kernel
@@ -91,7 +91,7 @@ class Group:
                     say(f"  {key}: {short(config)}: {error}")
         return found
 
-    def build(self, configs: dict[str, Config]) -> list[Built]:
+    def build(self, configs: Configs) -> list[Built]:
         """The step in each context. Raises BuildError."""
         return [case.build(configs) for case in self.cases]
 
