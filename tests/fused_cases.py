@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,12 +113,19 @@ def reference(graph: Graph, inputs: list[Tensor], wide: bool) -> dict[str, Tenso
     return {**found, **{f"out{i}": values[n] for i, n in enumerate(graph.outputs())}}
 
 
-def run(graph: Graph, inputs: list[Tensor], step: Step, parts: int = 1, target: Target = TARGET) -> dict[str, Tensor]:
-    """The same from the region's code, its kernels interpreted."""
+def run(
+    graph: Graph,
+    inputs: list[Tensor],
+    step: Step,
+    parts: int = 1,
+    target: Target = TARGET,
+    spent: Collection[int] = (),
+) -> dict[str, Tensor]:
+    """The same from the region's code, its kernels interpreted; inputs that are `spent` may be written over."""
     code = region_code(graph, step.shape, target)
     inputs = [value.clone() for value in inputs]
     layout = StepLayout.of(torch.tensor(step.sequences), torch.tensor(step.positions)[None])
     frame = Frame({**step.sizes(), "SPLITS": parts}, layout)
-    bound = BoundRegion(code, launcher, TORCH_CALLS, frame, torch.device("cpu"))
+    bound = BoundRegion(code, launcher, TORCH_CALLS, frame, torch.device("cpu"), spent)
     outputs = bound(inputs)
     return {**{f"in{i}": v for i, v in enumerate(inputs)}, **{f"out{i}": v for i, v in enumerate(outputs)}}

@@ -42,9 +42,8 @@ def list_kernels(model: str, recipe: str | None, target: str | None, dtype: str 
         constants = " ".join(f"{name}={value}" for name, value in row["constants"].items())
         sizes = [row[key] for key in ("registers", "spills", "shared_bytes", "cubin_bytes", "instructions")]
         shown = ["" if size is None else str(size) for size in sizes]
-        table.add_row(
-            row["region"], " ".join(row["classes"]), row["kernel"] or f"torch: {row['op']}", constants, *shown
-        )
+        classes = " ".join(row["classes"]) + (f" ({row['when']})" if row["when"] else "")
+        table.add_row(row["region"], classes, row["kernel"] or f"torch: {row['op']}", constants, *shown)
     write_table(table)
 
 
@@ -102,7 +101,8 @@ def _row(region: str, call: Call, classes: list[str], code: GpuCode, counts: dic
         "kernel": kernel and kernel.template,
         "op": call.op,
         "grid": list(call.grid) if kernel else None,
-        "constants": _constants(kernel) if kernel else {},
+        "constants": _constants(kernel) if kernel else dict(call.constants),
+        "when": call.when,
         "registers": cubin and cubin.registers,
         "spills": cubin and cubin.spills,
         "shared_bytes": cubin and cubin.shared,

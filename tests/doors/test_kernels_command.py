@@ -37,6 +37,8 @@ def test_an_artifacts_kernels_are_listed_without_compiling(saved, capsys, monkey
     assert all(c["registers"] > 0 and c["cubin_bytes"] > 0 and c["instructions"] > 0 for c in kernels)
     assert sum(c["instructions"] % 8 == 0 for c in kernels) < len(kernels) / 2, "padding is counted"
     list_kernels(str(saved), None, None, None, as_json=False)
+    ways = {c["when"]: c["op"] or c["kernel"] for c in calls if c["when"]}
+    assert ways == {"fresh": "attend", "paged": "prefill_attention:prefill_attention"}
     text = capsys.readouterr().out
     assert "kernels for cuda:sm_90" in text
     assert re.search(r"torch: linear", text)

@@ -23,8 +23,12 @@ ONE = Kernel("rows:rows", TYPES, (("BLOCK", 64), ("EPS", 1e-5)), (("BODY", "f"),
 TWO = dataclasses.replace(ONE, num_warps=4)
 CUBIN = Cubin(b"\x7fELF\n\0binary", "rows", 2048, 8, ("*bf16", "i32"), True, "sm_90", "12.8", 40, 0)
 CODE = RegionCode(
-    (Call(("in0", "N"), ONE, ("N*2", 1)), Call(("tmp0", None, "out0"), op="linear"), Call(("tmp1", 7), TWO)),
-    (Buffer(("N", 64), "bfloat16"), "tmp0"),
+    (
+        Call(("in0", "N"), ONE, ("N*2", 1)),
+        Call(("tmp0", None, "out0"), op="attend", constants=(("scale", 0.5),), when="fresh"),
+        Call(("tmp1", 7), TWO),
+    ),
+    (Buffer(("N", 64), "bfloat16", over="in0"), "tmp0"),
     (Buffer((1, "cdiv(N, 2)"), "float32"), Buffer((4,), "int32", kept=True)),
 )
 TARGET = Target.parse("cuda:sm_90")

@@ -12,6 +12,7 @@ import llmopt
 from llmopt.compiler.errors import CacheFullError, DeviceMemoryError
 from llmopt.compiler.recipe import Recipe
 from llmopt.model import CompiledModel
+from llmopt.runtime import attend
 from llmopt.runtime.build import build
 from llmopt.runtime.engine import SamplingParams
 from llmopt.runtime.gpu_code import code_for
@@ -114,6 +115,30 @@ def test_every_number_of_sequences_gives_what_one_gets(pair, count):
     together = model.engine.generate(prompts, params)
     alone = [model.engine.generate([p], params)[0] for p in prompts[:: max(1, count // 3)]]
     assert together[:: max(1, count // 3)] == alone
+
+
+@pytest.mark.parametrize("long", [512, 10**6], ids=["by torch", "over pages"])
+@pytest.mark.parametrize("lengths", [(700,), (768, 768), (520, 900)], ids=str)
+@torch.no_grad()
+def test_whole_prompts_are_as_near_to_fp64_as_torchs(lengths, long, monkeypatch):
+    monkeypatch.setattr(attend, "LONG", long)
+    sizes = {"head_dim": 64, "hidden_size": 128, "max_position_embeddings": 2048}
+    model, prompts = compiled("qwen3", torch.bfloat16, **sizes), [torch.tensor(p) for p in ragged(*lengths)]
+    cache, rows = model.cache, [model.cache.open() for _ in lengths]
+    for row, count in zip(rows, lengths, strict=True):
+        cache.reserve(row, count)
+    slots = torch.tensor([s for row, n in zip(rows, lengths, strict=True) for s in cache.slots(row, 0, n)])
+    at = torch.cat([torch.arange(n) for n in lengths])
+    seqs = torch.tensor(rows).repeat_interleave(torch.tensor(lengths))
+    last = torch.tensor(lengths).cumsum(0) - 1
+    given = torch.cat(prompts)[None], at[None], slots, seqs, cache.block_tables(), last
+    got, again = model.step(*given), model.step(*(t.cuda() for t in given))
+    assert torch.equal(got, again)
+    plain, exact = tiny("qwen3", torch.bfloat16, **sizes), tiny("qwen3", torch.bfloat16, **sizes).double()
+    for logits, prompt in zip(got.cpu(), prompts, strict=True):
+        truth = exact(prompt[None]).logits[0, -1]
+        eager = (plain(prompt[None]).logits[0, -1] - truth).norm()
+        assert (logits - truth).norm() <= 1.5 * eager
 
 
 @pytest.mark.parametrize("vocab", [1000, 128256])
