@@ -280,18 +280,20 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
     else:
         tried = [(1, 32, 1, 3), (0, 32, 1, 3), (1, 32, 1, 4), (1, 64, 2, 3), (0, 64, 2, 3), (1, 64, 4, 3)]
         tried += [(0, 64, 4, 3), (1, 64, 1, 2), (1, 128, 4, 2), (0, 128, 4, 2)]
-    return [
+    plain = [
         {"SWAP": swap, "BLOCK_T": block, "PEEL": 0, "AHEAD": 0, "EARLY": 0,
          "BLOCK_S": max(1, min(16, 2048 * (1 + swap) * warps // (heads * wide))), "num_warps": warps,
          "num_stages": stages}
         for swap, block, warps, stages in tried
     ]  # fmt: skip
+    begun = [c for tile in plain if tile["SWAP"] and tile["BLOCK_T"] <= 64 for c in starts(tile)[1:] if not c["EARLY"]]
+    return [plain[0], *begun, *plain[1:]]
 
 
 def starts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A configuration with every way to begin worth trying: what is read ahead, and when the next kernel may start."""
+    """A tile with every way to begin worth trying, itself first: what is read ahead, when the next kernel may start."""
     block, warps = config["BLOCK_T"], config["num_warps"]
     ahead = [(0, 0), (0, max(1, 64 // block)), (0, max(1, 128 // block))]
     if block <= 16 * (1 + config["SWAP"]) * warps:  # a tile of more does not fit the registers
         ahead += [(1, 0), (1, 1)]
-    return [{**config, "PEEL": peel, "AHEAD": tiles, "EARLY": early} for peel, tiles in ahead for early in (0, 1)]
+    return [{**config, "PEEL": peel, "AHEAD": tiles, "EARLY": early} for early in (0, 1) for peel, tiles in ahead]
