@@ -25,11 +25,14 @@ def build_regions(graphs: Sequence[Graph], single: bool) -> list[CompiledRegion]
     return compile_regions([(as_function(g), fake_arguments(g, single)) for g in graphs], serial=single)
 
 
-def as_function(graph: Graph) -> Callable[..., list[Any]]:
-    """The region as a Python function of its inputs: the chosen providers' functions, called in order."""
+def as_function(
+    graph: Graph, implement: Callable[[fx.Node], Callable[..., Any]] | None = None
+) -> Callable[..., list[Any]]:
+    """The region as a Python function of its inputs: what `implement` gives for each node, called in order; by default
+    the chosen providers' functions."""
     nodes = [n for n in graph.fx.nodes if n.op == "call_function"]
     inputs, outputs = graph.inputs(), graph.outputs()
-    functions = {n: _function(n) for n in nodes}
+    functions = {n: (implement or _function)(n) for n in nodes}
 
     def run(*args: Any) -> list[Any]:
         values: dict[fx.Node, Any] = dict(zip(inputs, args, strict=True))

@@ -48,6 +48,9 @@ def list_targets(as_json: bool) -> None:
     for row in rows:
         table.add_row(str(row["target"]), str(row["meaning"]), "yes" if row["runs_here"] else "no")
     write_table(table)
+    own = next(row for row in rows if row["target"] == "cuda")
+    if own["reason"]:
+        print(own["reason"])
 
 
 def _against(name: str) -> str | None:

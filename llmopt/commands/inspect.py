@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, fx
 
 import llmopt
 from llmopt import codegen
+from llmopt.codegen.regions import as_function
 from llmopt.compiler import bisect as bisection
 from llmopt.compiler import knobs
 from llmopt.compiler.errors import InputError, did_you_mean
 from llmopt.compiler.extra import insert_passes, load_pass
+from llmopt.compiler.op import op_of
 from llmopt.compiler.pipeline import Context, Pass, Pipeline, hooks_from_knobs, program_diff, program_text
 from llmopt.compiler.program import Program
 from llmopt.compiler.recipe import Recipe
 from llmopt.compiler.target import Target
-from llmopt.console import is_artifact, read_text, stages, write_code, write_diff, write_json
+from llmopt.console import is_artifact, read_text, say, stages, write_code, write_diff, write_json
 from llmopt.passes import PASSES
 from llmopt.runtime.build import capture_any
+from llmopt.runtime.cuda import launcher
 from llmopt.runtime.executor import Executor
-from llmopt.runtime.loader import Regions, read_weights
+from llmopt.runtime.gpu_code import GpuCode, code_for
+from llmopt.runtime.gpu_step import GpuStep
+from llmopt.runtime.loader import read_weights
+from llmopt.runtime.session import absent
 
 CAPTURE = "capture"
 FOUND = 3  # exit code of `bisect` when something is wrong
@@ -125,29 +131,60 @@ def read_tokens(path: str) -> Tensor:
 
 
 class _Steps:
-    """Runs steps the way they will be run, providers and compiled regions included."""
+    """Runs steps the way they will be run, providers and compiled regions included.
 
-    def __init__(self) -> None:
+    Kernels for a GPU that is not there are not run: their regions then are, by the meaning of their ops.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
         self.program: Program | None = None
-        self.executor: Executor | None = None
+        self.state: bisection.State = {}
+        self.run: Callable[..., Tensor] | None = None
 
     def __call__(self, program: Program, state: bisection.State, inputs: Mapping[str, Tensor]) -> Tensor:
         if "lowered" not in program.properties:
             return bisection.evaluate_step(program, state, inputs)
-        if self.executor is None or self.program is not program or self.executor.state is not state:
-            self.program = program
-            self.executor = Executor(program.graph("step"), read_weights(program), state, Regions(program))
-        return self.executor(*inputs.values())  # type: ignore[no-any-return]
+        if self.run is None or self.program is not program or self.state is not state:
+            self.program, self.state, self.run = program, state, self._made(program, state)
+        return self.run(*inputs.values())
+
+    def _made(self, program: Program, state: bisection.State) -> Callable[..., Tensor]:
+        code = code_for(program, self.target)
+        if not isinstance(code, GpuCode):
+            return Executor(program.graph("step"), read_weights(program), state, code)
+        if absent(self.target) is not None:
+            return Executor(program.graph("step"), read_weights(program), state, _meaning(program))
+        device = torch.device("cuda", torch.cuda.current_device())
+        pages = {name: tensor.to(device) for name, tensor in state.items()}
+        step = GpuStep(code, read_weights(program, device=device), pages, launcher(code.cubin), device)
+        return lambda *inputs: step(*(i.to(device) for i in inputs)).cpu()
+
+
+def _meaning(program: Program) -> Callable[..., Callable[[list[Any]], Any]]:
+    """Regions run by the reference meaning of their ops, which write their pages in place as kernels do."""
+
+    def implement(node: fx.Node) -> Callable[..., Any]:
+        op = op_of(node.target)
+        return node.target if op is None else op.in_place_fn or op.fn  # type: ignore[return-value]
+
+    def region(name: str, shape: object) -> Callable[[list[Any]], Any]:
+        run = as_function(program.graph(name), implement)
+        return lambda inputs: run(*inputs)
+
+    return region
 
 
 def bisect_model(subject: Subject, tokens: str | None, as_json: bool) -> None:
     """Find the culprit and print it; exits with FOUND if there is one."""
     passes, context = subject.plan()
     ids = None if tokens is None else read_tokens(tokens)
+    if "triton" in context.target.facts and (why := absent(context.target)) is not None:
+        say(f"graphs are judged and no kernels: {why}")
     with stages(f"bisecting {subject.model}") as progress:
         progress(CAPTURE)
         program = subject.capture(context)
-        found = bisection.bisect(program, passes, context, ids, _Steps(), progress)
+        found = bisection.bisect(program, passes, context, ids, _Steps(context.target), progress)
     if as_json:
         write_json(_as_dict(found))
     else:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import llmopt
-from llmopt.compiler.errors import InputError
+from llmopt.compiler.errors import InputError, TargetError
+from llmopt.compiler.target import Target
 from llmopt.console import (
     Progress,
     check_output,
@@ -24,6 +25,7 @@ from llmopt.console import (
 from llmopt.model import CompiledModel
 from llmopt.runtime.build import build
 from llmopt.runtime.gpu_code import code_for
+from llmopt.runtime.session import absent
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,11 @@ def run_prompts(
 
     SamplingParams(sampling.max_new_tokens, sampling.temperature, sampling.top_p, 0, sampling.seed)  # raises early
     texts = gather(prompts, prompt_file)
+    if target is not None and (why := absent(Target.parse(target))) is not None:
+        raise TargetError(
+            f"run: a model for target {target} cannot run here: {why}; leave out --target to run on this machine, or "
+            "`llmopt compile` it for that one and run the artifact there"
+        )
     with stages(f"preparing {model}") as progress:
         ready = opened(model, recipe, target, dtype, progress)
     options = {

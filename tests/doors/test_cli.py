@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import llmopt
 from llmopt.cli import app
+from llmopt.compiler import gpus
 from llmopt.compiler.recipe import RECIPES, Recipe
 from llmopt.compiler.target import TARGETS
 from llmopt.console import guarded
@@ -39,6 +40,13 @@ class OpenGated(Rule):
 
 class Planted(OpenGated):
     wrong = "layers.1."
+
+class Shorter(Rule):  # the last three tokens only
+    def pattern(self, q, k, v, tables, seqs, positions, scale):
+        return ir.attend(q, k, v, tables, seqs, positions, None, scale, 0, 0.0)
+    def rewrite(self, b, m):
+        given = [m[n] for n in ("q", "k", "v", "tables", "seqs", "positions")]
+        return b.ir.attend(*given, None, m["scale"], 3, 0.0)
 """
 
 
@@ -109,6 +117,21 @@ def test_targets():
     assert runs["cpu"]
     assert runs["cpu:generic"]
     assert not (runs["cpu:avx2"] and runs["cpu:neon"])
+
+
+def test_a_gpu_that_cannot_be_used_is_explained_and_nothing_is_compiled_for_it(monkeypatch: pytest.MonkeyPatch):
+    seen = gpus.Seen(
+        "2.11.0+cu130", "13.0", "550.54.14", True, None, "the NVIDIA driver ... too old (found version 12040)"
+    )
+    monkeypatch.setattr(gpus, "look", lambda: seen)
+    monkeypatch.setattr("llmopt.commands.model.build", None)
+    assert "the NVIDIA driver is 550.54.14 and knows CUDA up to 12.4" in cli("targets")
+    done = CliRunner().invoke(app, ["run", str(PICO), "def", "--target", "cuda:sm_90"])
+    assert done.exit_code == 2
+    assert (
+        "error: run: a model for target cuda:sm_90 cannot run here: this machine has no GPU to use: the" in done.stderr
+    )
+    assert done.stderr.endswith("run the artifact there\n")
 
 
 def test_artifact_gives_the_text_of_the_model(artifact: Path):
@@ -192,6 +215,16 @@ def test_bisect_finds_nothing_in_right_rules(rules: Path):
     said = cli("bisect", str(PICO), "-r", "reference", "--with", f"{rules}:OpenGated@canonicalize")
     assert said.endswith("nothing is wrong\n")
     assert said.count(": right (") == 6
+
+
+@pytest.mark.skipif(gpus.fault(gpus.look()) is None, reason="its kernels are what runs then")
+def test_bisect_judges_the_graphs_of_a_gpu_that_is_not_there(rules: Path):
+    said = cli("bisect", str(PICO), "--target", "cuda:sm_90")
+    assert said.count(": right (") == 5
+    assert "after lower: right (forward" in said
+    args = ("bisect", str(PICO), "--target", "cuda:sm_90", "--with", f"{rules}:Shorter@insert-kv-cache", "--json")
+    culprit = json.loads(cli(*args, code=3))["culprit"]
+    assert (culprit["rule"], culprit["graph"]) == ("shorter", "step")
 
 
 def test_bench_json():
