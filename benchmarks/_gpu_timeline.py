@@ -52,14 +52,14 @@ def timeline(events: Sequence[Event], steps: int, skipped: int, top: int) -> dic
     for before, event in zip([seen[0], *seen], seen, strict=False):
         end = event["ts"] + event["dur"]
         if event["ts"] > until:
-            gaps.append((event["ts"] - until, short(before["name"]), short(event["name"])))
+            gaps.append((event["ts"] - until, short(before), short(event)))
         if event is not seen[-1]:
             busy += max(0.0, end - max(until, event["ts"]))
         until = max(until, end)
     calls, micros = Counter[str](), Counter[str]()
     for event in seen[:-1]:
-        calls[short(event["name"])] += 1
-        micros[short(event["name"])] += event["dur"]
+        calls[short(event)] += 1
+        micros[short(event)] += event["dur"]
     return {
         "wall_us": (seen[-1]["ts"] - seen[0]["ts"]) / count, "busy_us": busy / count, "events": each,
         "idle_us": sum(g[0] for g in gaps) / count, "gaps": sorted(gaps, reverse=True)[:top],
@@ -67,9 +67,10 @@ def timeline(events: Sequence[Event], steps: int, skipped: int, top: int) -> dic
     }  # fmt: skip
 
 
-def short(name: str) -> str:
-    """A kernel's name without what every one begins with."""
-    return name.removeprefix("void ").replace("at::native::", "")[:64]
+def short(event: Event) -> str:
+    """A kernel's name without what every one begins with, and its grid: the kernels of a template share a name."""
+    grid = event.get("args", {}).get("grid")
+    return event["name"].removeprefix("void ").replace("at::native::", "")[:56] + (f" {grid}" if grid else "")
 
 
 def diagnosis(peer: Stepping, clock: Clock, steps: int, top: int) -> dict[str, Any]:

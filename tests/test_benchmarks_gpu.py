@@ -171,8 +171,8 @@ def test_idle_time_lies_between_kernels_of_steps_that_follow_each_other(bench: S
     events = [{"cat": "kernel", "name": name, "ts": 100 * i + at, "dur": us} for i in range(5) for name, at, us in step]
     found = bench.timeline.timeline(bench.timeline.device_events(events[::-1]), 5, 1, 3)
     assert (found["wall_us"], found["busy_us"], found["idle_us"], found["events"]) == (100, 15, 85, 4)
-    assert found["gaps"][0] == (82, "norm", "copy")
-    assert found["kernels"][0] == ("gemm", 1, 10)
+    assert found["gaps"][0] == (82, "norm [4, 1]", "copy [4, 1]")
+    assert found["kernels"][0] == ("gemm [4, 1]", 1, 10)
     uneven = bench.timeline.timeline(bench.timeline.device_events(events[1:]), 5, 1, 3)
     assert uneven["wall_us"] == (414 - 5) / 5
 
