@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _gpu_models import Layer, Weights, finish, plain_weights, project, random_model, rms_norm
+from _gpu_models import SHAPES, Layer, Weights, finish, plain_weights, project, random_model, rms_norm
 from _gpu_timing import Clock, relative_error
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from llmopt.codegen import tuning
 from llmopt.codegen.kernel import Kernel, Launcher, RegionCode
@@ -112,7 +113,7 @@ class Subject:
 
     def __init__(self, name: str, device: str, dtype: torch.dtype, layers: int | None) -> None:
         self.name, self.device = name, device
-        model = random_model(name, "cuda" if device == "cuda" else "cpu", dtype, layers)
+        model = _model(name, device, dtype, layers)
         self.recipe = Recipe.parse("default")
         wanted = "cuda" if device == "cuda" else "cuda:sm_90"
         self.program, _, context = build(model, self.recipe, wanted)
@@ -148,6 +149,15 @@ class Subject:
         for tensor in session.cache.tensors.values():
             tensor.normal_(generator=generator)
         return opened
+
+
+def _model(name: str, device: str, dtype: torch.dtype, layers: int | None) -> Any:
+    if device != "compile":
+        return random_model(name, "cuda" if device == "cuda" else "cpu", dtype, layers)
+    make, settings = SHAPES[name]
+    with torch.device("meta"):  # kernels are made from shapes alone
+        config = make(**(settings if layers is None else {**settings, "num_hidden_layers": layers}))
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 def interpreted() -> Launcher:
