@@ -168,7 +168,11 @@ def test_kernels_are_counted_from_the_trace(bench: SimpleNamespace) -> None:
 
 def test_idle_time_lies_between_kernels_of_steps_that_follow_each_other(bench: SimpleNamespace) -> None:
     step = (("copy", 0.0, 2.0), ("gemm", 5.0, 10.0), ("norm", 14.0, 4.0), ("in the gemm", 6.0, 1.0))
-    events = [{"cat": "kernel", "name": name, "ts": 100 * i + at, "dur": us} for i in range(5) for name, at, us in step]
+    events = [
+        {"cat": "kernel", "name": name, "ts": 100 * i + at, "dur": us, "args": {"grid": [len(name), 1]}}
+        for i in range(5)
+        for name, at, us in step
+    ]
     found = bench.timeline.timeline(bench.timeline.device_events(events[::-1]), 5, 1, 3)
     assert (found["wall_us"], found["busy_us"], found["idle_us"], found["events"]) == (100, 15, 85, 4)
     assert found["gaps"][0] == (82, "norm [4, 1]", "copy [4, 1]")
