@@ -132,9 +132,10 @@ def _trace(case: Case, built: Built) -> list[Event]:
 
 
 def timeline(events: Sequence[Event], launches: Sequence[tuple[str, str]]) -> tuple[list[str], dict[str, Any]]:
-    """Durations of each region's kernels and gaps from their end to the next one's start, mean microseconds.
+    """Of each region's kernels, mean microseconds: their duration, from their end to the next one's start (negative
+    where that began before), and from the end of the one ahead to theirs, which is what they add to the step.
 
-    Gaps are negative where the next kernel began before. What is no launch of the step is listed apart.
+    A duration holds the wait for the kernel ahead. What is no launch of the step is listed apart.
     """
     ran = sorted((e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")), key=lambda e: e["ts"])
     known = {name for _, name in launches}
@@ -142,19 +143,20 @@ def timeline(events: Sequence[Event], launches: Sequence[tuple[str, str]]) -> tu
     labels = [region for region, _ in launches]
     if [e["name"] for e in ours] != [name for _, name in launches]:
         labels = [str(e["name"]) for e in ours]  # by kernel, then
-    busy: dict[str, list[float]] = {}
-    gaps: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    ends = [e["ts"] + e["dur"] for e in ours]
     for i, (label, event) in enumerate(zip(labels, ours, strict=True)):
-        busy.setdefault(label, []).append(event["dur"])
-        if i + 1 < len(ours):
-            gaps.setdefault(label, []).append(ours[i + 1]["ts"] - event["ts"] - event["dur"])
-    rows = {label: {"launches": len(us), "us": statistics.mean(us), "gap_us": statistics.mean(gaps.get(label, [0.0]))}
-            for label, us in busy.items()}  # fmt: skip
-    span = ours[-1]["ts"] + ours[-1]["dur"] - ours[0]["ts"] if ours else 0.0
-    total, idle = sum(map(sum, busy.values())), sum(map(sum, gaps.values()))
-    lines = [f"profiled: {span:.1f} us from first to last, kernels {total:.1f}, gaps {idle:.1f}"]
-    lines += [f"  {label:<12} {r['launches']:>3} x {r['us']:8.2f} us, then {r['gap_us']:6.2f} us to the next"
-              for label, r in rows.items()]  # fmt: skip
+        gap = ours[i + 1]["ts"] - ends[i] if i + 1 < len(ours) else 0.0
+        added = ends[i] - (ends[i - 1] if i else event["ts"])
+        found.setdefault(label, []).append((event["dur"], gap, added))
+    rows = {}
+    for label, figures in found.items():
+        us, gap, added = map(statistics.mean, zip(*figures, strict=True))
+        rows[label] = {"launches": len(figures), "us": us, "gap_us": gap, "added_us": added}
+    span = ends[-1] - ours[0]["ts"] if ours else 0.0
+    lines = [f"profiled: {span:.1f} us from the first start to the last end"]
+    lines += [f"  {label:<12} {r['launches']:>3} x {r['us']:8.2f} us, {r['gap_us']:7.2f} to the next, adding "
+              f"{r['added_us']:8.2f}" for label, r in rows.items()]  # fmt: skip
     if others := Counter(str(e["name"])[:60] for e in ran if e["name"] not in known):
         lines.append("  besides: " + ", ".join(f"{n} x {name}" for name, n in others.most_common(6)))
     return lines, {"span_us": span, "regions": rows, "besides": dict(others)}

@@ -177,8 +177,8 @@ def test_the_time_line_is_told_by_region(tune: SimpleNamespace) -> None:
     launches = [("rows", "rows"), ("gemm", "gemv"), ("gemm_1", "gemv")]
     events = [event("gemv", 3, 4), event("rows", 0, 2), event("gemv", 6, 2), event("fill", -5, 1), {"ph": "M"}]
     lines, data = tune.diagnose.timeline(events, launches)
-    gaps = {name: (r["us"], r["gap_us"]) for name, r in data["regions"].items()}
-    assert gaps == {"rows": (2, 1), "gemm": (4, -1), "gemm_1": (2, 0)}
+    figures = {name: (r["us"], r["gap_us"], r["added_us"]) for name, r in data["regions"].items()}
+    assert figures == {"rows": (2, 1, 2), "gemm": (4, -1, 5), "gemm_1": (2, 0, 1)}
     assert data["span_us"] == 8
     assert data["besides"] == {"fill": 1}
     _, data = tune.diagnose.timeline(events, launches[:2])  # not the kernels that were launched: told by their names
