@@ -1,7 +1,9 @@
 """Decoding by CUDA graphs: one graph for each number of rows and of parts that keys are split into.
 
 A graph holds a whole step: embedding to logits, sampling, and moving the state on. A token then costs the host one
-launch of a graph, one copy of the tokens, and a small write when a sequence begins a page. Up to 8 sequences have a
+launch of a graph, one copy of the tokens, and a small write when a sequence begins a page. As the next step needs
+nothing of the host, it is launched before the tokens of this one are waited for; what it computed is forgotten where
+a sequence turns out to have ended. Up to 8 sequences have a
 graph for each number of them, since there every row counts; beyond, rows are padded to 16, 32 or 64, whose kernels
 take the same time. On other devices the step is simply run anew, which is what tests without a GPU do.
 """
@@ -40,17 +42,28 @@ class DecodeGraphs:
         self._replays: dict[tuple[int, int], Callable[[], Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if state.device.type == "cuda" else None
         self._count = self._length = 0
+        self._ahead = False  # the next step has been launched
         self._sampling: SampleRows | None = None  # where the graph's own sampling is not enough
 
     def start(self, batch: Batch) -> None:
         """Take over a batch of at most `limit` sequences."""
         self.state.load(batch)
-        self._count, self._length = len(batch.ids), batch.length
+        self._count, self._length, self._ahead = len(batch.ids), batch.length, False
         cut = batch.sampling.max_k > 0 or batch.sampling.nucleus
         self._sampling = batch.sampling if cut else None
 
-    def step(self, pages: Sequence[NewPage]) -> list[int]:
-        """One token of every sequence; `pages` were added since the last step."""
+    def step(self, pages: Sequence[NewPage], upcoming: Sequence[NewPage] | None = None) -> list[int]:
+        """One token of every sequence; `pages` begin with this step's tokens, `upcoming` with the next step's."""
+        if not self._ahead:
+            self._launch(pages)
+        self._ahead = False
+        tokens = self.state.read(self._count)
+        if upcoming is not None:
+            self._launch(upcoming)
+            self._ahead = True
+        return tokens()
+
+    def _launch(self, pages: Sequence[NewPage]) -> None:
         if pages:
             self.state.add(pages)
         count = self._count
@@ -59,7 +72,6 @@ class DecodeGraphs:
         if self._sampling is not None:  # top-k and top-p: torch's sampler on the graph's logits
             made = sample(logits[:count], self._sampling, self.state.positions[:count])
             self.state.tokens[:count].copy_(made)
-        return self.state.read(count)
 
     def replay(self, rows: int, length: int) -> Callable[[], Tensor]:
         """The step for so many rows and the longest sequence's length; captured if it is new."""

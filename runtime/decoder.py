@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from llmopt.runtime.sampler import SampleRows
+from llmopt.runtime.transfer import to_device
 
 
 class NewPage(NamedTuple):
@@ -44,8 +45,12 @@ class Decoder(Protocol):
         """Take over a batch; whatever was decoded before is forgotten."""
         ...
 
-    def step(self, pages: Sequence[NewPage]) -> list[int]:
-        """One token of every sequence, in the batch's order; `pages` were added since the last step."""
+    def step(self, pages: Sequence[NewPage], upcoming: Sequence[NewPage] | None = None) -> list[int]:
+        """One token of every sequence, in the batch's order; `pages` begin with the tokens that this step reads.
+
+        `upcoming` are those of the step after, which may then be run before this one's tokens are looked at; None: the
+        batch ends here, or there is no page for the step after.
+        """
         ...
 
 
@@ -71,7 +76,6 @@ class DecodeState:
         self.numbers = torch.arange(rows, device=self.device)
         pinned = self.device.type == "cuda"
         self._host = torch.zeros(rows, dtype=torch.int64, pin_memory=pinned)
-        self._patch = torch.zeros(2, 2 * rows, dtype=torch.int64, pin_memory=pinned)
         self._read = torch.cuda.Event() if pinned else None
 
     def load(self, batch: Batch) -> None:
@@ -98,16 +102,21 @@ class DecodeState:
         slots, tables = 2 * self.rows, len(self._VECTORS) * self.rows
         pairs = [(slots + p.place, p.page * self.page_size) for p in pages]
         pairs += [(tables + p.place * self.width + p.column, p.page) for p in pages]
-        count = len(pairs)
-        self._patch[:, :count] = torch.tensor(pairs).T
-        index, value = self._patch[:, :count].to(self.device, non_blocking=True)
+        index, value = to_device(torch.tensor(pairs).T.contiguous(), self.device)
         self.words.index_copy_(0, index, value)
 
-    def read(self, count: int) -> list[int]:
-        """The tokens made last, on the host, as soon as they are there."""
-        if self._read is None:
-            return self.tokens[:count].tolist()
+    def read(self, count: int) -> Callable[[], list[int]]:
+        """Begin to copy the tokens made last to the host: call what comes back to wait for them, once and before the
+        next reading; steps queued meanwhile do not change them."""
+        read = self._read
+        if read is None:
+            tokens: list[int] = self.tokens[:count].tolist()
+            return lambda: tokens
         self._host[:count].copy_(self.tokens[:count], non_blocking=True)
-        self._read.record()
-        self._read.synchronize()
-        return self._host[:count].tolist()
+        read.record()
+
+        def wait() -> list[int]:
+            read.synchronize()
+            return self._host[:count].tolist()
+
+        return wait

@@ -263,18 +263,33 @@ class Engine:
     def _decode(self, again: bool) -> list[int]:
         """The next tokens by the decoder, which has the batch already (`again`) or is given it now."""
         assert self._decoder is not None
-        if again:
-            return self._decoder.step([NewPage(i, len(pages) - 1, pages[-1]) for i, pages in self._turned()])
-        length = max(len(s.tokens) for s in self._batch)
-        tables = self.cache.block_tables()
-        vectors = self._ids[0], self._positions[0], self._slots, self._seq_ids
-        self._decoder.start(Batch(*vectors, tables, self._sampling, length))
-        return self._decoder.step([])
+        begun = [NewPage(*page) for page in self._turned()] if again else []
+        if not again:
+            length = max(len(s.tokens) for s in self._batch)
+            vectors = self._ids[0], self._positions[0], self._slots, self._seq_ids
+            self._decoder.start(Batch(*vectors, self.cache.block_tables(), self._sampling, length))
+        return self._decoder.step(begun, self._upcoming())
 
-    def _turned(self) -> list[tuple[int, list[int]]]:
-        """Who begins a page with the next token: index in the batch, pages."""
+    def _upcoming(self) -> list[NewPage] | None:
+        """Pages that begin with the tokens after the ones being read; None if the batch is over before."""
+        if any(len(s.tokens) + 1 >= s.limit for s in self._batch):
+            return None
+        try:
+            for sequence in self._batch:
+                if len(sequence.tokens) >= sequence.room:
+                    sequence.room = self.cache.reserve(sequence.row, len(sequence.tokens) + 1)
+        except CacheFullError:
+            return None
+        return [NewPage(*page) for page in self._turned(1)]
+
+    def _turned(self, later: int = 0) -> Iterator[tuple[int, int, int]]:
+        """Who begins a page with the token to be read, or one `later`: index in the batch, number of the page in the
+        sequence, page."""
         size = self.cache.page_size
-        return [(i, self.cache.pages(s.row)) for i, s in enumerate(self._batch) if s.cached % size == 0]
+        for index, sequence in enumerate(self._batch):
+            number, rest = divmod(sequence.cached + later, size)
+            if not rest:
+                yield index, number, self.cache.pages(sequence.row)[number]
 
     def _commit(self, tokens: list[int]) -> None:
         """Append the new tokens, tell the consumers, retire what is over."""
@@ -313,7 +328,7 @@ class Engine:
         self._ids[0].copy_(self._next)
         self._positions.add_(1)
         self._slots.add_(1)
-        starts = [(i, pages[-1] * self.cache.page_size) for i, pages in self._turned()]
+        starts = [(i, page * self.cache.page_size) for i, _, page in self._turned()]
         if starts:
             index, slot = torch.tensor(starts).unbind(1)
             self._slots[index] = slot

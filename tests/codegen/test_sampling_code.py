@@ -34,7 +34,7 @@ def test_a_decoding_state_is_sampled_and_moved_on(rows):
         expected = sample(logits, sampling, state.positions[:rows] + 1)
         vectors = state.temperature, state.seeds, state.sequences, state.moves, state.tables
         run([logits, *(v[:rows] for v in (*vectors, state.tokens, state.positions, state.slots))])
-        assert state.read(rows) == expected.tolist()
+        assert state.read(rows)() == expected.tolist()
     after = each + 6 + 3
     assert state.positions[:rows].tolist() == after.tolist()
     assert state.slots[:rows].tolist() == [

@@ -21,10 +21,11 @@ class Watched(DecodeGraphs):
 
     def __init__(self, step, rows=8):
         super().__init__(self._step, DecodeState(rows, CONTEXT // PAGE, PAGE), lambda rows, length: 1)
-        self.forward, self.starts, self.pages, self.batches = step, [], [], []
+        self.forward, self.starts, self.pages, self.batches, self.runs = step, [], [], [], 0
 
     def _step(self, rows, parts):
         s = self.state
+        self.runs += 1
         logits = torch.zeros(rows, VOCAB, dtype=torch.float64)
         real = int(s.moves.sum())  # the toy refuses rows of the scratch page
         slice_ = s.numbers[:real]
@@ -42,10 +43,10 @@ class Watched(DecodeGraphs):
         self.starts.append(len(batch.ids))
         super().start(batch)
 
-    def step(self, pages):
+    def step(self, pages, upcoming=None):
         self.pages += pages
         self.batches.append(self._count)
-        return super().step(pages)
+        return super().step(pages, upcoming)
 
 
 def handed_engine(rows=8, **options):
@@ -130,6 +131,42 @@ def test_a_step_that_raised_is_repeated_from_the_engines_own_tokens(monkeypatch)
     assert got + tokens_of(drain(engine)[handle]) == alone(RAGGED[1], GREEDY)
 
 
+def test_the_next_step_is_launched_before_the_tokens_are_looked_at():
+    engine, decoder = handed_engine()
+    handle = engine.submit(RAGGED[1], GREEDY)
+    while not decoder.batches:
+        engine.step()
+    assert decoder.runs == 2
+    drain(engine)
+    assert decoder.runs == len(decoder.batches), "where a sequence ends by length, nothing is launched ahead"
+
+    engine, decoder = handed_engine()
+    stop = SamplingParams(max_new_tokens=12, stop_token_ids=(alone(RAGGED[1], GREEDY)[6],))
+    handle = engine.submit(RAGGED[1], stop)
+    assert tokens_of(drain(engine)[handle]) == alone(RAGGED[1], stop)
+    assert decoder.runs == len(decoder.batches) + 1, "the step after an end that nobody could know is forgotten"
+
+
+def test_without_a_page_for_the_next_token_nothing_is_launched_ahead():
+    length = len(RAGGED[1]) + GREEDY.max_new_tokens
+    engine, decoder = handed_engine(max_pages=1 + -(-(length - 1) // PAGE))
+    taken = engine.cache.reserve
+    engine.cache.reserve = lambda row, length: taken(row, length) if not decoder.batches else refuse()
+
+    def refuse():
+        raise CacheFullError("none left")
+
+    handle = engine.submit(RAGGED[1], GREEDY)
+    events = []
+    with pytest.raises(CacheFullError):
+        while True:
+            events += engine.step()
+    assert decoder.runs == len(decoder.batches), "the tokens of the page's end are still made"
+    engine.cache.reserve = taken
+    events += drain(engine)[handle]
+    assert tokens_of(events) == alone(RAGGED[1], GREEDY)
+
+
 def batch_of(count, width=3):
     sampling = SampleRows.of([TEMPERATURE] * count, list(range(10, 10 + count)))
     each = torch.arange(count)
@@ -149,7 +186,7 @@ def test_loading_fills_the_rows_and_makes_padding_of_the_rest():
     assert state.temperature.tolist() == pytest.approx([1.1, 1.1, 0, 0])
     assert state.tables[:2, :3].tolist() == [[1, 2, 3], [7, 8, 9]], "the rows that the sequences have in the cache"
     assert state.tables[2:, 0].tolist() == [0, 0], "padding reads and writes the scratch page"
-    assert state.read(2) == [1, 2]
+    assert state.read(2)() == [1, 2]
 
 
 def test_new_pages_enter_the_table_and_the_slots_at_the_same_addresses():

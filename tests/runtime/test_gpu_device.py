@@ -165,7 +165,7 @@ def test_sampling_is_torchs_on_the_gpu(vocab):
         logits = torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16) * (1 + step % 4)
         expected = sample(logits, sampling, state.positions + 1)
         run([logits, *vectors, state.positions, state.slots])
-        assert state.read(rows) == expected.tolist()
+        assert state.read(rows)() == expected.tolist()
 
 
 def test_weights_that_do_not_fit_are_an_error(pair):
