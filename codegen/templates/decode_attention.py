@@ -103,13 +103,15 @@ def _combine(partial, lse, out, n, h, parts, SPLITS, HQ: tl.constexpr, HKV: tl.c
 def _own(k_pages, v_pages, slot, q, own_k, own_v, sink, h, owner, HKV: tl.constexpr, D: tl.constexpr,
          DV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
          SINKS: tl.constexpr):  # fmt: skip
-    # the token's key [1, D] and value [1, DV] into their slot, and the state of the softmax that begins with them; the
-    # parts that do not own the token begin with nothing, by selects: a branch would end the batch of loads above it
-    d = tl.arange(0, own_k.shape[1])
-    dv = tl.arange(0, own_v.shape[1])
+    # the token's key [1 or G, D] and value [1 or G, DV], rows alike, into their slot, and the state of the softmax that
+    # begins with them; the parts that do not own the token begin with nothing, by selects: a branch would end the batch
+    # of loads above it
+    d = tl.arange(0, own_k.shape[1])[None, :]
+    dv = tl.arange(0, own_v.shape[1])[None, :]
+    once = owner & (tl.arange(0, own_k.shape[0]) == 0)[:, None]
     row = ((slot // PAGE) * HKV + h) * PAGE + slot % PAGE
-    tl.store(k_pages + (row * D + d[None, :]), own_k, mask=owner & (d < D)[None, :])
-    tl.store(v_pages + (row * DV + dv[None, :]), own_v, mask=owner & (dv < DV)[None, :])
+    tl.store(k_pages + (row * D + d) + tl.zeros(own_k.shape, tl.int32), own_k, mask=once & (d < D))
+    tl.store(v_pages + (row * DV + dv) + tl.zeros(own_v.shape, tl.int32), own_v, mask=once & (dv < DV))
     s = logits(tl.sum(q.to(tl.float32) * own_k.to(tl.float32), 1), SCALE, SOFTCAP)
     top, share, mass = s, tl.full(s.shape, 1.0, tl.float32), tl.full(s.shape, 1.0, tl.float32)
     if SINKS:
@@ -167,7 +169,7 @@ def decode_attention(  # noqa: C901
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr, LOAD_V: tl.constexpr,
     BLOCK_T: tl.constexpr, SWAP: tl.constexpr, PEEL: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
-    BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [N, HQ * DV] of token n = row n of tables [., M]; grid (N, HKV, SPLITS).
 
@@ -175,7 +177,8 @@ def decode_attention(  # noqa: C901
     [N * HQ * SPLITS * DV], lse fp32 [N * HQ * SPLITS * 2], tickets int32 [N * HKV], zero and left zero.
     SWAP: keys are the left operand. PEEL: a part's first tile is read into registers before the wait for the kernel
     ahead; AHEAD: the next so many tiles into the second-level cache. EARLY: the next kernel may start as soon as this
-    one has, else after the last load of keys.
+    one has, else after the last load of keys. WIDE: the token's own key and value are made anew for each query head,
+    which costs loads, and spares the threads of several warps an exchange.
     """
     if PDL and EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -211,8 +214,10 @@ def decode_attention(  # noqa: C901
 
     q = LOAD_Q(n, head[:, None], d[None, :], real[:, None] & (d < D)[None, :], e0, e1, e2, e3, e4, e5)
     q = q.to(k_pages.dtype.element_ty)
-    own_k = LOAD_K(n, h, d[None, :], owner & (d < D)[None, :], e0, e1, e2, e3, e4, e5).to(k_pages.dtype.element_ty)
-    own_v = LOAD_V(n, h, dv[None, :], owner & (dv < DV)[None, :], e0, e1, e2, e3, e4, e5).to(v_pages.dtype.element_ty)
+    alike = tl.zeros([WIDTH if WIDE else 1, 1], tl.int32)
+    c, cv = alike + d[None, :], alike + dv[None, :]
+    own_k = LOAD_K(n, h, c, owner & (c < D), e0, e1, e2, e3, e4, e5).to(k_pages.dtype.element_ty)
+    own_v = LOAD_V(n, h, cv, owner & (cv < DV), e0, e1, e2, e3, e4, e5).to(v_pages.dtype.element_ty)
     m, mass, acc = _own(
         k_pages, v_pages, slot, q, own_k, own_v, sink, h, owner, HKV, D, DV, PAGE, SCALE, SOFTCAP, SINKS
     )
@@ -281,12 +286,13 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
         tried = [(1, 32, 1, 3), (0, 32, 1, 3), (1, 32, 1, 4), (1, 64, 2, 3), (0, 64, 2, 3), (1, 64, 4, 3)]
         tried += [(0, 64, 4, 3), (1, 64, 1, 2), (1, 128, 4, 2), (0, 128, 4, 2)]
     plain = [
-        {"SWAP": swap, "BLOCK_T": block, "PEEL": 0, "AHEAD": 0, "EARLY": 0,
+        {"SWAP": swap, "BLOCK_T": block, "PEEL": 0, "AHEAD": 0, "EARLY": 0, "WIDE": int(warps > 1 and heads <= 16),
          "BLOCK_S": max(1, min(16, 2048 * (1 + swap) * warps // (heads * wide))), "num_warps": warps,
          "num_stages": stages}
         for swap, block, warps, stages in tried
     ]  # fmt: skip
-    begun = [c for tile in plain if tile["SWAP"] and tile["BLOCK_T"] <= 64 for c in starts(tile)[1:] if not c["EARLY"]]
+    few = [tile for tile in plain if tile["SWAP"] and tile["BLOCK_T"] <= 64 and tile["num_stages"] <= 3]
+    begun = [c for tile in few for c in starts(tile)[1:] if not c["EARLY"]]
     return [plain[0], *begun, *plain[1:]]
 
 
