@@ -13,9 +13,9 @@ Under PDL the kernel ahead may still run by then, and the ones ahead of that too
 dependents start before its own wait (`gemv`, `gemm` and this kernel do with EARLY; `rows` and `sample` do not). So
 none of it may be written by a kernel of the same step that is still running:
 
-- Sinks are weights, tables are written by the host's copies between steps, pages of earlier tokens by earlier steps
-  (or prompts), slots and positions by the sampling that ended the step before. In a step, only the sampling at its end
-  writes slots and positions, and it waits: all of the step is complete by then, as is argued below.
+- Sinks are weights. Pages of earlier tokens are written by earlier steps (or prompts), tables, slots and positions by
+  the host's copies between steps and by the sampling that ended the step before. In a step, only the sampling at its
+  end writes any of them, and it waits: all of the step is complete by then, as the last point says.
 - A step that is a CUDA graph starts when everything ahead of it in the stream is complete, and so does a kernel
   launched without the attribute, as torch's are. With either one between two steps, nothing of the step before runs.
 - Steps launched back to back, kernel by kernel, need one kernel between the sampling and this one that lets dependents

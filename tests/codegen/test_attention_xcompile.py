@@ -128,18 +128,19 @@ def instructions(made: cubin.Cubin, tmp_path: Path) -> list[str]:
     return lines
 
 
-def test_first_keys_are_read_and_nothing_written_before_the_wait(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tile", [(32, 1), (64, 4)], ids=str)
+def test_first_keys_are_read_and_nothing_written_before_the_wait(tile: tuple[int, int], tmp_path: Path) -> None:
     target = Target.parse("cuda:sm_90")
-    config = {**decode.configs(SHAPE, "bfloat16", target)[0], "PEEL": 1, "AHEAD": 1, "EARLY": 1}
+    plain = (c for c in decode.configs(SHAPE, "bfloat16", target) if (c["BLOCK_T"], c["num_warps"]) == tile)
+    config = {**next(plain), "PEEL": 1, "AHEAD": 1, "EARLY": 1}
+    keys = 2 * tile[0] // tile[1]  # keys and values a warp
     made = cubin.compile_kernel(decoding(target, SHAPE, config, "bfloat16"), target)
     assert made.spills == 0
     found = instructions(made, tmp_path)
     wait = found.index("ACQBULK")
     ahead, after = found[:wait], found[wait:]
-    assert sum(".128" in name for name in ahead if name.startswith("LDG")) == 2 * config["BLOCK_T"] * 128 * 2 // (
-        16 * 32
-    )
-    assert sum(".PF2" in name for name in ahead) == 2 * config["BLOCK_T"] * 2 // 32
+    assert sum(".128" in name for name in ahead if name.startswith("LDG")) == keys * 128 * 2 // (16 * 32)
+    assert sum(".PF2" in name for name in ahead) == keys * 2 // 32
     assert not any(name.startswith(("STG", "ATOM", "RED")) for name in ahead)
     assert ahead.index("PREEXIT") < next(i for i, name in enumerate(ahead) if name.startswith("LDG"))
     assert any(name.startswith("STG") for name in after)
