@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmopt.compiler.errors import InputError, TargetError
+from llmopt.compiler.errors import DeviceError, InputError, TargetError
 from llmopt.compiler.pipeline import program_text
 from llmopt.compiler.program import Program
 from llmopt.compiler.recipe import Recipe
@@ -79,7 +79,13 @@ class CompiledModel:
 
     @property
     def engine(self) -> Engine:
-        """The engine that `generate` runs on."""
+        """The engine that `generate` runs on. Raises DeviceError where this thread uses another GPU than the model."""
+        own = self.session.device
+        if own.type == "cuda" and (seen := torch.cuda.current_device()) != own.index:
+            raise DeviceError(
+                f"this model lies on {own} and the current device of this thread is cuda:{seen}; call "
+                f"torch.cuda.set_device({own.index}) before it runs, or load the model with that device current"
+            )
         return self.session.engine
 
     @cached_property

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llmopt.runtime.decoder import Batch, DecodeState, NewPage
+from llmopt.runtime.executor import no_room
 from llmopt.runtime.sampler import SampleRows, sample
 
 BUCKETS = (*range(1, 9), 16, 32, 64)
@@ -77,7 +78,10 @@ class DecodeGraphs:
         """The step for so many rows and the longest sequence's length; captured if it is new."""
         key = rows, self.parts(rows, length)
         if key not in self._replays:
-            self._replays[key] = self._record(*key) if self._pool is not None else lambda: self.run(*key)
+            try:
+                self._replays[key] = self._record(*key) if self._pool is not None else lambda: self.run(*key)
+            except torch.OutOfMemoryError as error:
+                raise no_room(f"the graph of a step of {rows} sequences", error) from error
         return self._replays[key]
 
     @property

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from llmopt.compiler.errors import DeviceMemoryError
 from llmopt.compiler.graph import Graph, target_name
 from llmopt.compiler.op import op_of
 
@@ -208,4 +209,16 @@ class Executor:
             run = self._run[shape]
         if self._away:
             inputs = tuple(t.to(self.device) for t in inputs)
-        return run(*inputs, *[self.state[n] for n in self.state_names])
+        try:
+            return run(*inputs, *[self.state[n] for n in self.state_names])
+        except torch.OutOfMemoryError as error:
+            raise no_room(f"{self.graph.name!r} over inputs {[list(i.shape) for i in inputs]}", error) from error
+
+
+def no_room(what: str, error: torch.OutOfMemoryError) -> DeviceMemoryError:
+    """The error for work that a GPU's memory is too small for."""
+    seen = str(error).partition("\n")[0].split(". GPU")[0].rstrip(".")
+    return DeviceMemoryError(
+        f"{what} does not fit the GPU's memory ({seen}); run fewer tokens or sequences at a time (dims of the recipe), "
+        "give the KV cache less memory (cache_bytes), or free some on the GPU"
+    )

@@ -6,12 +6,14 @@ and neither a compiler nor Triton is imported then.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from llmopt.codegen.kernel import Kernel, RegionCode
 from llmopt.codegen.sampling import REGION as SAMPLE
 from llmopt.codegen.sampling import sampling_code
+from llmopt.compiler.graph import target_name
 from llmopt.compiler.program import Program
 from llmopt.compiler.target import Target
 from llmopt.runtime.loader import Regions
@@ -46,9 +48,17 @@ class GpuCode:
         called = [str(n.target) for n in self.program.graph("step").fx.nodes if n.op == "call_module"]
         return [*dict.fromkeys(called), SAMPLE]
 
+    @functools.cached_property
+    def decodes(self) -> bool:
+        """Has a decoding step classes of its own, which graphs capture? Not where attention was left to torch, whose
+        way depends on values: every step is of class many then."""
+        step = self.program.graph("step")
+        return not any(target_name(n) in ("attend", "kv_write") for n in step.calls())
+
     def keys(self, shapes: Iterable[str] = SHAPES) -> list[tuple[str, str]]:
         """(region, class) of all code there is for these classes; class many is sampled by torch."""
-        return [(name, shape) for shape in shapes for name in self.names() if (name, shape) != (SAMPLE, MANY)]
+        classes = [shape for shape in shapes if self.decodes or shape == MANY]
+        return [(name, shape) for shape in classes for name in self.names() if (name, shape) != (SAMPLE, MANY)]
 
     def code(self, name: str, shape: str) -> RegionCode:
         """The code of a region for a class of shapes."""

@@ -16,12 +16,11 @@ from torch import Tensor, fx
 from llmopt.codegen.kernel import Launcher
 from llmopt.codegen.sampling import REGION as SAMPLE
 from llmopt.codegen.splits import splits
-from llmopt.compiler.errors import DeviceMemoryError
 from llmopt.compiler.graph import Graph, target_name
 from llmopt.runtime.attend import StepLayout
 from llmopt.runtime.bound_region import BoundRegion, Frame
 from llmopt.runtime.decoder import DecodeState
-from llmopt.runtime.executor import flat_plan, implementation
+from llmopt.runtime.executor import flat_plan, implementation, no_room
 from llmopt.runtime.gpu_code import MANY, GpuCode, decode_shape
 from llmopt.runtime.torch_calls import TORCH_CALLS
 from llmopt.runtime.transfer import inputs_on
@@ -73,10 +72,7 @@ class GpuStep:
         try:
             return self._run(MANY)(*inputs, *[self.state[n] for n in self.state_names])  # type: ignore[no-any-return]
         except torch.OutOfMemoryError as error:
-            raise DeviceMemoryError(
-                f"a step of {len(slots)} tokens does not fit the GPU's memory ({_first_line(error)}); "
-                "read prompts in smaller chunks, or give the KV cache less memory (cache_bytes)"
-            ) from error
+            raise no_room(f"a step of {len(slots)} tokens", error) from error
 
     @torch.inference_mode()
     def decode(self, state: DecodeState, rows: int, parts: int) -> Tensor:
@@ -90,12 +86,6 @@ class GpuStep:
         vectors = state.temperature, state.seeds, state.sequences, state.moves
         self._region(SAMPLE, shape)([logits, *(v[:rows] for v in vectors), tables, tokens, positions, slots])
         return logits
-
-    @property
-    def decodes(self) -> bool:
-        """Can `decode` run, and be captured? Not where attention was left to torch, whose way depends on values."""
-        graph = self.code.program.graph("step")
-        return not any(target_name(n) in ("attend", "kv_write") for n in graph.calls())
 
     def parts(self, rows: int, length: int) -> int:
         """Parts to split the keys of `length` tokens into; lengths are rounded up, so that few graphs are captured."""
@@ -165,7 +155,3 @@ def _selects_rows(node: fx.Node) -> bool:
 def _as_it_is(hidden: Tensor, *_: Any) -> Tensor:
     # every token of a decoding step is a wanted row
     return hidden
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].split(". GPU")[0]

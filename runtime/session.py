@@ -73,7 +73,7 @@ def open_session(
     step: Executor | GpuStep
     if isinstance(code, GpuCode):
         step = GpuStep(code, weights, current, launcher or _cuda_launcher(code), place)
-        if step.decodes:
+        if code.decodes:
             most = min(64, recipe.dims.sequences[1])
             state = DecodeState(most, cache.pages_for(program.facts.context_length), cache.page_size, place)
             decoder = DecodeGraphs(partial(step.decode, state), state, step.parts)

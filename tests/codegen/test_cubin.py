@@ -73,6 +73,21 @@ def test_kernels_that_differ_in_a_hooks_body_differ():
     assert made[0] == made[2]
 
 
+def test_no_compiler_of_the_machine_is_needed(monkeypatch):
+    for name in ("CC", "CXX", "TRITON_PTXAS_PATH", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert compile_kernel(toy(), target()).data[:4] == b"\x7fELF"
+
+
+def test_a_triton_without_its_assembler_is_said(monkeypatch):
+    def absent(*_):
+        raise RuntimeError("Cannot find ptxas")
+
+    monkeypatch.setattr("triton.backends.nvidia.compiler.get_ptxas", absent)
+    assert refusal(toy()).endswith("for sm_90: RuntimeError: Cannot find ptxas")
+
+
 def test_triton_keeps_nothing_of_its_own(fresh_cache, monkeypatch):
     home = fresh_cache / "home"
     monkeypatch.setenv("TRITON_HOME", str(home))

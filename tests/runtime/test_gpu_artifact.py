@@ -58,6 +58,15 @@ def test_it_is_loaded_and_planned_without_triton(folder):
     assert (prompts, triton) == ("2", "False")
 
 
+def test_a_program_without_graphs_has_code_for_other_steps_alone(tmp_path):
+    """In fp64 attention is torch's, and sampling, for which there is no kernel."""
+    llmopt.compile(tiny("llama", torch.float64), target="cuda:sm_90").save(tmp_path / "a")
+    entries = json.loads((tmp_path / "a" / "code" / "regions.json").read_text())
+    assert {e["shape"] for e in entries} == {"many"}
+    said = run([sys.executable, "-c", PLAN, str(tmp_path / "a")], capture_output=True, text=True, check=True).stdout
+    assert said.split()[1:] == ["2", "False"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_machine_without_the_gpu_refuses_to_load_it_and_says_why(folder):
     with pytest.raises(TargetError, match="compiled for cuda:sm_90"):
