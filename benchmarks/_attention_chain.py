@@ -43,7 +43,13 @@ def to_compile(models: Iterable[str], target: Target, tiles: int | None) -> list
 def name_of(config: Mapping[str, Any]) -> str:
     """swap/tile/warps/stages, and what differs in how it begins."""
     name = "/".join(str(config[key]) for key in ("SWAP", "BLOCK_T", "num_warps", "num_stages"))
-    flags = [("peel", config["PEEL"]), (f"ahead{config['AHEAD']}", config["AHEAD"]), ("early", config["EARLY"])]
+    least = config["LEAST"] * config["BLOCK_T"]  # keys a part
+    flags = [
+        (f"least{least}", least < 64),
+        ("peel", config["PEEL"]),
+        (f"ahead{config['AHEAD']}", config["AHEAD"]),
+        ("early", config["EARLY"]),
+    ]
     return " ".join([name, *(flag for flag, there in flags if there)])
 
 

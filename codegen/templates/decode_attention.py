@@ -6,7 +6,7 @@ is read once. The new token's own key and value come from hooks: the last part s
 stores them into the pages. Parts leave an unnormalised result, its maximum and its sum; the last program to arrive,
 by a ticket counted with acquire and release, combines them in the order of the parts, so the result does not depend
 on who was last (Dao et al., 2023: Flash-Decoding; a sink is one more term of the last part's sum). There are no more
-parts than a token has tiles of keys: programs beyond leave nothing and draw no ticket.
+parts than a token has keys for: programs beyond leave nothing and draw no ticket.
 
 What is read before the wait for the kernel ahead (PDL) is positions, slots, tables, sinks, and pages of earlier tokens.
 Under PDL the kernel ahead may still run by then, and the ones ahead of that too, as far back as each lets its
@@ -135,12 +135,12 @@ def _part(partial, lse, m, mass, acc, part, real, DV: tl.constexpr):
 
 
 @triton.jit
-def _keys(position, split, SPLITS, WINDOW: tl.constexpr, BLOCK_T: tl.constexpr):
+def _keys(position, split, SPLITS, WINDOW: tl.constexpr, BLOCK_T: tl.constexpr, LEAST: tl.constexpr):
     # positions first .. last - 1 of a part, whole tiles, and how many parts there are: the last has the fewest keys,
     # and the token's own besides
     start = tl.maximum(position - WINDOW + 1, 0) if WINDOW > 0 else 0
     tiles = tl.cdiv(position - start, BLOCK_T)
-    each = tl.maximum(tl.cdiv(tiles, SPLITS), 1)
+    each = tl.maximum(tl.cdiv(tiles, SPLITS), LEAST)
     first = start + split * (each * BLOCK_T)
     return first, tl.minimum(first + each * BLOCK_T, position), tl.maximum(tl.cdiv(tiles, each), 1)
 
@@ -168,17 +168,18 @@ def decode_attention(  # noqa: C901
     k_pages, v_pages, tables, positions, slots, sinks, out, partial, lse, tickets, e0, e1, e2, e3, e4, e5, N, M, SPLITS,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr, LOAD_V: tl.constexpr,
-    BLOCK_T: tl.constexpr, SWAP: tl.constexpr, PEEL: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, LEAST: tl.constexpr, SWAP: tl.constexpr, PEEL: tl.constexpr, AHEAD: tl.constexpr,
+    EARLY: tl.constexpr, WIDE: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [N, HQ * DV] of token n = row n of tables [., M]; grid (N, HKV, SPLITS).
 
     k_pages [P, HKV, PAGE, D], v_pages [P, HKV, PAGE, DV]; positions, slots int64 [N]; sinks [HQ] or None; partial fp32
     [N * HQ * SPLITS * DV], lse fp32 [N * HQ * SPLITS * 2], tickets int32 [N * HKV], zero and left zero.
-    SWAP: keys are the left operand. PEEL: a part's first tile is read into registers before the wait for the kernel
-    ahead; AHEAD: the next so many tiles into the second-level cache. EARLY: the next kernel may start as soon as this
-    one has, else after the last load of keys. WIDE: the token's own key and value are made anew for each query head,
-    which costs loads, and spares the threads of several warps an exchange.
+    LEAST: tiles of BLOCK_T keys that a part has, if the token has as many. SWAP: keys are the left operand. PEEL: a
+    part's first tile is read into registers before the wait for the kernel ahead; AHEAD: the next so many tiles into
+    the second-level cache. EARLY: the next kernel may start as soon as this one has, else after the last load of keys.
+    WIDE: the token's own key and value are made anew for each query head, which costs loads, and spares the threads of
+    several warps an exchange.
     """
     if PDL and EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -194,7 +195,7 @@ def decode_attention(  # noqa: C901
     sink = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) if SINKS else 0.0
     slot = tl.load(slots + n, cache_modifier=".cg")
     position = tl.load(positions + n, cache_modifier=".cg").to(tl.int32)
-    first, last, parts = _keys(position, split, SPLITS, WINDOW, BLOCK_T)
+    first, last, parts = _keys(position, split, SPLITS, WINDOW, BLOCK_T, LEAST)
     owner = split == parts - 1
     t = first + tl.arange(0, BLOCK_T)
     row = key_rows(table, h, t, t < last, HKV, PAGE)
@@ -286,7 +287,8 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
         tried = [(1, 32, 1, 3), (0, 32, 1, 3), (1, 32, 1, 4), (1, 64, 2, 3), (0, 64, 2, 3), (1, 64, 4, 3)]
         tried += [(0, 64, 4, 3), (1, 64, 1, 2), (1, 128, 4, 2), (0, 128, 4, 2)]
     plain = [
-        {"SWAP": swap, "BLOCK_T": block, "PEEL": 0, "AHEAD": 0, "EARLY": 0, "WIDE": int(warps > 1 and heads <= 16),
+        {"SWAP": swap, "BLOCK_T": block, "LEAST": max(1, 64 // block), "PEEL": 0, "AHEAD": 0, "EARLY": 0,
+         "WIDE": int(warps > 1 and heads <= 16),
          "BLOCK_S": max(1, min(16, 2048 * (1 + swap) * warps // (heads * wide))), "num_warps": warps,
          "num_stages": stages}
         for swap, block, warps, stages in tried
@@ -299,7 +301,13 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
 def starts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A tile with every way to begin worth trying, itself first: what is read ahead, when the next kernel may start."""
     block, warps = config["BLOCK_T"], config["num_warps"]
-    ahead = [(0, 0), (0, max(1, 64 // block)), (0, max(1, 128 // block))]
+    tiles = config["LEAST"]
+    ahead = [(0, 0, tiles), (0, tiles, tiles), (0, 2 * tiles, tiles)]
     if block <= 16 * (1 + config["SWAP"]) * warps:  # a tile of more does not fit the registers
-        ahead += [(1, 0), (1, 1)]
-    return [{**config, "PEEL": peel, "AHEAD": tiles, "EARLY": early} for early in (0, 1) for peel, tiles in ahead]
+        # where a part is two tiles, it may also be the one that is there ahead
+        ahead += [(1, 0, tiles), (1, 1, tiles), *([(1, 0, 1)] if tiles > 1 else [])]
+    return [
+        {**config, "PEEL": peel, "AHEAD": touched, "LEAST": least, "EARLY": early}
+        for early in (0, 1)
+        for peel, touched, least in ahead
+    ]
