@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from llmopt.codegen.index import ZERO, Index, opaque, sizes_of
-from llmopt.codegen.printer import Kind, Print, Printer, Value, broadcast, eval_literal, kind_of, literal
+from llmopt.codegen.index import Index, opaque, sizes_of
+from llmopt.codegen.printer import Kind, Print, Printer, Value, eval_literal, kind_of, literal
 from llmopt.compiler.emittable import argument, op_name
 from llmopt.compiler.errors import EmitError
 from llmopt.compiler.graph import where
@@ -207,16 +207,6 @@ def _rope(p: Printer, node: fx.Node, coords: Coords) -> Value:
     return result if inside is None else p.choose(inside, result, plain)
 
 
-def _outer(p: Printer, node: fx.Node, coords: Coords) -> Value:
-    """A product over an axis of size 1, as rope's frequencies are made."""
-    left, right = node.args[:2]
-    assert isinstance(left, fx.Node)
-    assert isinstance(right, fx.Node)
-    a = p.value(left, broadcast((*coords[:-1], ZERO), sizes_of(left.meta["val"])))
-    b = p.value(right, broadcast((*coords[:-2], ZERO, coords[-1]), sizes_of(right.meta["val"])))
-    return _infix(p, p.to_float(a), "*", p.to_float(b), "float")
-
-
 def _constant(p: Printer, node: fx.Node, coords: Coords) -> Value:
     name = op_name(node)
     if name in _FILLED:
@@ -263,7 +253,6 @@ PRINTERS: dict[str, Print] = {
     "softcap": _softcap,
     "rope": _rope,
     **dict.fromkeys(_CASTS, _cast),
-    **dict.fromkeys(("matmul", "mm", "bmm"), _outer),
     **dict.fromkeys((*_FILLED, "full", "full_like", "new_full", "scalar_tensor"), _constant),
     "arange": _arange,
 }

@@ -27,7 +27,7 @@ POINTWISE = frozenset({
     "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor", "logical_not",
     "bitwise_not", "where", "masked_fill", "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "relu", "gelu",
     "gated", "softcap", "rope", "to", "_to_copy", "type_as", "clone", "contiguous", "alias", "detach",
-    "lift_fresh_copy", "matmul", "mm", "bmm", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones",
+    "lift_fresh_copy", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones",
     "full", "full_like", "new_full", "scalar_tensor", "arange",
 })  # fmt: skip
 REDUCTIONS = frozenset({
@@ -116,8 +116,6 @@ def _arguments(node: fx.Node, name: str) -> str | None:
         return "rounds a quotient"
     if name == "repeat_interleave" and not isinstance(argument(node, "repeats", None), int):
         return "repeats by a tensor"
-    if name in ("matmul", "mm", "bmm"):
-        return None if _is_outer(node) else "is a product over more than one element"
     if name == "getitem" and op_name(node.args[0]) not in SPLITS:  # type: ignore[arg-type]
         return f"takes a result of {op_name(node.args[0])}"  # type: ignore[arg-type]
     if name in POINTWISE and any(not _tensors_of(n) for n in node.all_input_nodes):
@@ -129,11 +127,6 @@ def _plain_power(exponent: Any) -> bool:
     if not isinstance(exponent, (int, float)):
         return False
     return exponent in (0.5, -0.5) or (exponent == int(exponent) and 1 <= abs(exponent) <= 8)
-
-
-def _is_outer(node: fx.Node) -> bool:
-    left, right = (n.meta["val"] for n in node.args[:2])  # type: ignore[union-attr]
-    return left.dim() >= 2 and right.dim() >= 2 and isinstance(left.shape[-1], int) and left.shape[-1] == 1
 
 
 def _tensors_of(node: fx.Node) -> bool:

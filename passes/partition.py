@@ -291,7 +291,7 @@ class _Partition:
 
 
 def _is_pointwise(node: fx.Node) -> bool:
-    return short_name(node) in POINTWISE - {"rope", "matmul", "mm", "bmm"}
+    return short_name(node) in POINTWISE - {"rope"}
 
 
 def _is_of_heads(node: fx.Node, channels: Collection[int]) -> bool:

@@ -5,6 +5,7 @@
     y = aten.matmul(x, w)                                     y = linear(x, w.T)        # transposed by a Fold
     y = reshape(addmm(b, reshape(x, [-1, K]), w), ...)        y = linear(x, w.T, b)     # GPT-2's Conv1D
     y = aten.einsum("btd,de->bte", [x, w])                    y = linear(x, w.T)
+    y = aten.matmul(x, p)  # x [.., M, 1], p [.., 1, N]       y = aten.mul(x, p)
 
 An einsum of two activations becomes a matmul of permuted operands, so that attention written in it is seen.
 """
@@ -188,6 +189,30 @@ class EinsumProduct(Rule):
         return _permuted(b, b.aten.matmul.default(left, right), batch + eq.rows[0] + eq.columns[0], eq.result)
 
 
+class OuterProduct(Rule):
+    """A product along an axis of one element, as transformers makes RoPE's angles: nothing is summed."""
+
+    name = "outer-product"
+
+    def pattern(self, x: Any, y: Any) -> Any:
+        """Columns times rows."""
+        return AnyOf(aten.matmul.default(x, y), aten.bmm.default(x, y), aten.mm.default(x, y))
+
+    def check(self, m: Match) -> Any:
+        """One element to sum, and matrices, whose other axes broadcast as a product's do."""
+        x, y = m.val("x"), m.val("y")
+        if x.dim() < 2 or y.dim() < 2 or not isinstance(x.shape[-1], int) or x.shape[-1] != 1:
+            return m.fail("sums over more than one element", m.root)
+        return None
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        """One mul, tokens before channels, as everything else has them, where the columns are tokens."""
+        if isinstance(m.val("y").shape[-1], int):
+            return b.aten.mul.Tensor(m["x"], m["y"])
+        x, y = (b.aten.transpose.int(m[name], -2, -1) for name in ("x", "y"))
+        return b.aten.transpose.int(b.aten.mul.Tensor(y, x), -2, -1)
+
+
 def _permuted(b: Builder, x: Any, have: str, want: str) -> Any:
     return x if have == want else b.aten.permute.default(x, [have.index(c) for c in want])
 
@@ -195,4 +220,4 @@ def _permuted(b: Builder, x: Any, have: str, want: str) -> Any:
 def linear_rules(program: Program, fold: bool) -> list[Rule]:
     """All of the above; without `fold`, only those that leave weights as they are."""
     folding = [TransposedLinear(program), Product(program), EinsumLinear(program)] if fold else []
-    return [Linear(), TurnedProduct(), *folding, EinsumProduct()]
+    return [Linear(), TurnedProduct(), *folding, EinsumProduct(), OuterProduct()]

@@ -240,7 +240,7 @@ REFUSED = {
         "one length",
     ),
     "a size as a number": (lambda x: (aten.mul.Tensor(x, aten.sym_size.int(x, 1)),), "size"),
-    "a product": (lambda x: (aten.matmul.default(x, aten.transpose.int(x, 1, 2)),), "product"),
+    "a product": (lambda x: (aten.matmul.default(x, aten.transpose.int(x, 1, 2)),), "matmul"),
 }
 
 

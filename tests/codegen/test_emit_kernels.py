@@ -53,13 +53,6 @@ def cos_sin(positions, inv_freq):
     return aten.to.dtype(aten.cos.default(both), bf16), aten.to.dtype(aten.sin.default(both), bf16)
 
 
-def cos_sin_product(positions, inv_freq):
-    inv = aten.expand.default(aten.reshape.default(inv_freq, [1, 8, 1]), [1, 8, 1])
-    at = aten.to.dtype(aten.unsqueeze.default(positions, 1), f32)
-    angles = aten.transpose.int(aten.matmul.default(inv, at), 1, 2)
-    return (aten.cos.default(angles),)
-
-
 def embed(ids, table, scale):
     return (aten.mul.Tensor(aten.embedding.default(table, ids, 0), scale),)
 
@@ -117,7 +110,6 @@ CASES = {
     "head_norm_by_token": (head_norm_by_token, {"x": WIDE, "w": ((24,), bf16)}),
     "swiglu": (swiglu, {"x": ((1, "N", 80), f32)}),
     "cos_sin": (cos_sin, {"positions": ((1, "N"), i64), "inv_freq": ((12,), f32)}),
-    "cos_sin_product": (cos_sin_product, {"positions": ((1, "N"), i64), "inv_freq": ((8,), f32)}),
     "embed": (embed, {"ids": ((1, "N"), i64), "table": ((7, 1100), bf16), "scale": ((), bf16)}),
     "softmaxes": (softmaxes, {"x": ((1, "N", 50), f32)}),
     "row_results": (row_results, {"x": ((1, "N", 4, 12), f32)}),

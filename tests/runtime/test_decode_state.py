@@ -147,6 +147,11 @@ def test_the_next_step_is_launched_before_the_tokens_are_looked_at():
     assert decoder.runs == len(decoder.batches) + 1, "the step after an end that nobody could know is forgotten"
 
 
+def exhaust(engine, events):
+    while True:
+        events += engine.step()
+
+
 def test_without_a_page_for_the_next_token_nothing_is_launched_ahead():
     length = len(RAGGED[1]) + GREEDY.max_new_tokens
     engine, decoder = handed_engine(max_pages=1 + -(-(length - 1) // PAGE))
@@ -159,8 +164,7 @@ def test_without_a_page_for_the_next_token_nothing_is_launched_ahead():
     handle = engine.submit(RAGGED[1], GREEDY)
     events = []
     with pytest.raises(CacheFullError):
-        while True:
-            events += engine.step()
+        exhaust(engine, events)
     assert decoder.runs == len(decoder.batches), "the tokens of the page's end are still made"
     engine.cache.reserve = taken
     events += drain(engine)[handle]
