@@ -89,7 +89,8 @@ def test_any_arguments(positional: Any, named: Any):
 def types(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return isinstance(value, tuple), [types(v) for v in value]
-    return type(value), math.copysign(1, value) if isinstance(value, float) else 0
+    # JSON has no sign of nan
+    return type(value), math.copysign(1, value) if isinstance(value, float) and value == value else 0
 
 
 def test_sizes_keep_their_names_and_order():
