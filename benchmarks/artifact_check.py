@@ -120,12 +120,16 @@ def origin(artifact: Path) -> Figures:
 def main(argv: Sequence[str] | None = None) -> int:
     """Record or check; 1 if a token is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", type=Path)
-    parser.add_argument("--expect", type=Path, required=True, help="file of tokens, written by --record")
+    parser.add_argument("artifact", type=Path, nargs="?")
+    parser.add_argument("--expect", type=Path, help="file of tokens, written by --record (ARTIFACT.json)")
     parser.add_argument("--record", metavar="MODEL", help="write that file for the artifact's checkpoint folder")
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--out", type=Path, help="result file; results of other artifacts in it stay")
     args = parser.parse_args(argv)
+    if args.artifact is None:
+        print("no artifact is given: nothing is checked")
+        return 0
+    args.expect = args.expect or args.artifact.with_name(f"{args.artifact.name}.json")
     if args.record:
         args.expect.write_text(json.dumps(record(args.artifact, args.record, args.new_tokens)) + "\n")
         return 0
