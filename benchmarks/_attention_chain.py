@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from _attention_cases import MODELS, Compiled, Decode, Heads
+from _attention_cases import MODELS, Compiled, Decode, Heads, hooks
 from _attention_turns import times
 from _gemm_cases import MODELS as PRODUCTS
 from _gemm_cases import Variant
@@ -35,9 +35,10 @@ def begun(heads: Heads, target: Target, tiles: int | None) -> list[dict[str, Any
     return [c for tile in plain for c in decode.starts(tile)]
 
 
-def to_compile(models: Iterable[str], target: Target, tiles: int | None) -> list[Compiled]:
-    """Every kernel that `cost` will launch."""
-    return [Compiled(MODELS[m], PAGE, tuple(c.items())) for m in models for c in begun(MODELS[m], target, tiles)]
+def to_compile(models: Iterable[str], page: int, target: Target, tiles: int | None) -> list[Compiled]:
+    """Every kernel that these models launch over pages of so many tokens."""
+    hooks()  # its file is written here, before processes read it
+    return [Compiled(MODELS[m], page, tuple(c.items())) for m in models for c in begun(MODELS[m], target, tiles)]
 
 
 def name_of(config: Mapping[str, Any]) -> str:

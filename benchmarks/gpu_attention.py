@@ -7,7 +7,7 @@
 layer above the same graph without attention (`_attention_chain.py`). `decode` and `prefill` are of Llama-3.1-8B's heads
 (32 query heads, 8 key/value heads, 128 channels, bf16): medians of CUDA graph replays, contenders take turns, bytes a
 second stand beside the copy and read rates of the same run. `repeat`: 300 calls back to back, equal bit for bit.
-Kernels of `latency` are compiled beforehand, in parallel. Without a GPU it says so and ends.
+Decoding kernels are compiled beforehand, in parallel. Without a GPU it says so and ends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import triton
 from _attention_cases import LLAMA, MODELS, Decode, Prefill
-from _attention_chain import BUCKETS, cost, name_of, to_compile
+from _attention_chain import BUCKETS, PAGE, cost, name_of, to_compile
 from _attention_turns import times
 from _gemm_cases import H200, compile_all
 from _gpu_timing import Denominators
@@ -40,6 +40,8 @@ from llmopt.compiler.target import Target
 from llmopt.runtime.measure import environment, write_json
 
 PARTS = ("repeat", "latency", "prefill", "decode")
+GATED = {"repeat", "decode"}  # whose configurations are checked first, over pages of CHECKED tokens
+CHECKED = (16, 64)
 SHORT = ((1, 512), (1, 1024), (16, 1024))
 LONG = ((1, 131072), (8, 32768), (64, 8192))
 PROMPTS = ((1, 2048, 0), (4, 2048, 0), (2, 512, 1536))
@@ -52,7 +54,8 @@ Config = Mapping[str, Any]
 def checked(config: Config) -> float:
     """The worst error over small sizes with one, some and many parts; inf if what is written is wrong."""
     worst = 0.0
-    for batch, context, page, splits in ((3, 700, 16, 1), (2, 1000, 64, 8), (1, 33, 16, 5), (1, 1, 16, 2)):
+    small, large = CHECKED
+    for batch, context, page, splits in ((3, 700, small, 1), (2, 1000, large, 8), (1, 33, small, 5), (1, 1, small, 2)):
         case = Decode(LLAMA, batch, context, page)
         case.launch(config, splits)
         right = case.stored() and not case.tickets.any()
@@ -298,13 +301,14 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """All parts; the file is rewritten after each."""
     began = time.perf_counter()
-    failed = {}
-    if "latency" in options.only:
-        wanted = to_compile(options.models, H200, options.tiles)
-        failed = compile_all(wanted, len(os.sched_getaffinity(0)))
-        print(
-            f"{len(wanted)} kernels compiled in {time.perf_counter() - began:.0f} s, {len(failed)} failed", flush=True
-        )
+    wanted = to_compile(options.models, PAGE, H200, options.tiles) if "latency" in options.only else []
+    if GATED & set(options.only):
+        for page in {*CHECKED, *options.pages}:
+            wanted += to_compile([LLAMA.name], page, H200, options.tiles)
+    failed = compile_all(wanted, len(os.sched_getaffinity(0)))
+    print(
+        f"{len(set(wanted))} kernels compiled in {time.perf_counter() - began:.0f} s, {len(failed)} failed", flush=True
+    )
     torch.manual_seed(0)
     target = Target.detect("cuda")
     rates = Denominators("cuda")
@@ -316,7 +320,7 @@ def run(options: argparse.Namespace) -> None:
     plain = [c for c in listed if not c["PEEL"] and not c["AHEAD"]][: options.tiles]
     several = prefill.configs({**LLAMA.shape, "PAGE": 16}, "bfloat16", target)
     configs = listed if options.tiles is None else plain
-    if {"repeat", "decode"} & set(options.only):
+    if GATED & set(options.only):
         # what is wrong is shown, and not timed
         result["gate"] = errors = gate(configs)
         configs = [c for c in configs if not isinstance(errors[name_of(c)], str) and errors[name_of(c)] <= 0.01]
