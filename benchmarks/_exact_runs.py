@@ -14,7 +14,7 @@ from llmopt.runtime.build import build
 from llmopt.runtime.decode_graphs import bucket
 from llmopt.runtime.decoder import Batch
 from llmopt.runtime.engine import Engine, SamplingParams
-from llmopt.runtime.gpu_code import code_for
+from llmopt.runtime.gpu_code import MANY, GpuCode, code_for
 from llmopt.runtime.sampler import SampleRows
 from llmopt.runtime.session import Session, open_session
 
@@ -26,7 +26,10 @@ def opened(model: PreTrainedModel, device: str, recipe: str = "default") -> Sess
     wanted = Recipe.parse(recipe)
     if device != "interpret":
         program, _, context = build(model, wanted, device)
-        return open_session(program, wanted, context.target, code_for(program, context.target), CACHE_BYTES)
+        code = code_for(program, context.target)
+        if isinstance(code, GpuCode):
+            compile_few(code)
+        return open_session(program, wanted, context.target, code, CACHE_BYTES)
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise SystemExit("--device interpret: start python with TRITON_INTERPRET=1, which Triton reads at import")
     from llmopt.codegen.interpret import launcher
@@ -34,6 +37,16 @@ def opened(model: PreTrainedModel, device: str, recipe: str = "default") -> Sess
     program, _, context = build(model, wanted, "cuda:sm_90")
     code = code_for(program, context.target)
     return open_session(program, wanted, context.target, code, CACHE_BYTES, launcher=launcher, device="cpu")
+
+
+def compile_few(code: GpuCode) -> None:
+    """Compile at once what batches of up to 8 need, by as many processes as torch has threads: the cores are shared
+    with other models' checks."""
+    from llmopt.codegen.cubin import compile_all
+
+    kernels = dict.fromkeys(k for key in code.keys((MANY, "1", "8")) for k in code.code(*key).kernels())
+    made = compile_all(kernels, code.target, max(2, torch.get_num_threads()))
+    code.cubins.update((kernel.digest(), cubin) for kernel, cubin in made.items())
 
 
 def engine(session: Session, chunk_size: int) -> Engine:

@@ -238,13 +238,13 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded in half precisions")
     parser.add_argument("--device", choices=("cuda", "cpu", "interpret"), default="cuda")
-    parser.add_argument("--jobs", type=int, help="models at a time (a GPU: 3 cores a model)")
+    parser.add_argument("--jobs", type=int, help="models at a time (on a GPU 2 cores a model)")
     parser.add_argument("--out", type=Path, help="result file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     # the interpreter multiplies the bits of bf16 as integers
     args.dtypes = args.dtypes or (("float16",) if args.device == "interpret" else ("bfloat16", "float16"))
-    args.jobs = args.jobs or (max(1, (os.cpu_count() or 1) // 3) if args.device == "cuda" else 1)
+    args.jobs = args.jobs or (max(1, (os.cpu_count() or 1) // 2) if args.device == "cuda" else 1)
     return args
 
 
@@ -260,6 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not has_device("cpu" if args.device == "interpret" else args.device):
         return 0
     names, started = chosen(args.models, args.models_dir), time.perf_counter()
+    args.jobs = min(args.jobs, len(names))
     out = args.out or (default_out("exactness", args.device) if args.device == "cuda" else None)
     figures: Figures = {"device": args.device, "environment": environment()}
     models: dict[str, Figures] = {}
