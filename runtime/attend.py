@@ -89,15 +89,16 @@ def attend(
     """Causal attention of whole prompts over themselves, by torch: written into out [1, N, Hq * D], or given back.
 
     q [P, Hq, D], k and v [P, Hkv, D], P >= N + multiple - 1: prompts are read as if their lengths were multiples, as
-    torch's kernel may be planned anew for each length. What follows a prompt's end is seen by none of its tokens.
+    torch's kernel may be planned anew for each length. What follows a prompt's end is seen by none of its tokens, but
+    is multiplied by 0, and nan if it is not finite: so prompts are taken from the last to the first, and what follows
+    one, which is another's and used by then, is zeroed. k and v are used up.
     """
-    count = out.shape[1]
-    if layout.runs[-1].tokens % multiple:
-        for tensor in (k, v):
-            tensor[count:].zero_()  # 0 times what lies there must not be nan
     batches = list(layout.batches(multiple))
-    for first, batch, tokens in batches:
+    for first, batch, tokens in reversed(batches):
         padded = -(-tokens // multiple) * multiple
+        if padded > tokens:
+            for tensor in (k, v):
+                tensor[first + tokens : first + padded].zero_()
         x, y, z = (t[first : first + batch * padded].unflatten(0, (batch, padded)).transpose(1, 2) for t in (q, k, v))
         made = scaled_dot_product_attention(x, y, z, is_causal=True, scale=scale, enable_gqa=True)
         rows = made.transpose(1, 2).flatten(0, 1)[: batch * tokens].flatten(1)

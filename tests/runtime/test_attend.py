@@ -53,16 +53,31 @@ def test_prompts_attend_to_themselves(prompts: tuple[int, ...]) -> None:
     q, k, v = (torch.randn(count + multiple - 1, h, 8, generator=make, dtype=torch.float64) for h in (4, 2, 2))
     for tensor in (k, v):
         tensor[count:] = torch.nan
-    out = torch.full((1, count, 32), torch.nan, dtype=torch.float64)
-    given = attend(q, k, v, layout(*prompts), out, scale=0.3, multiple=multiple)
-    got = out if given is None else given
     want, first = [], 0
     for n in prompts:
         one = [t[first : first + n].transpose(0, 1)[None] for t in (q, k, v)]
         want.append(attention(*one, None, 0.3, 0, 0.0)[0].transpose(0, 1).flatten(1))
         first += n
+    out = torch.full((1, count, 32), torch.nan, dtype=torch.float64)
+    given = attend(q, k, v, layout(*prompts), out, scale=0.3, multiple=multiple)
+    got = out if given is None else given
     torch.testing.assert_close(got, torch.cat(want)[None])
     assert got.is_contiguous()
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("prompts", [(7, 5), (5, 1, 1, 3), (6, 8, 8), (8, 8), (5,)], ids=str)
+def test_no_prompt_sees_what_is_not_finite_in_another(prompts: tuple[int, ...], value: float) -> None:
+    count, multiple = sum(prompts), 4
+    for bad, owner in enumerate(torch.arange(len(prompts)).repeat_interleave(torch.tensor(prompts)).tolist()):
+        make = torch.Generator().manual_seed(1)
+        tensors = [torch.randn(count + multiple - 1, h, 8, generator=make) for h in (4, 2, 2)]
+        for tensor in tensors:
+            tensor[bad] = tensor[count:] = value
+        out = torch.full((1, count, 32), torch.nan)
+        given = attend(*tensors, layout(*prompts), out, scale=0.3, multiple=multiple)
+        finite = (out if given is None else given)[0].isfinite().all(-1).split(prompts)
+        assert [bool(run.all()) for run in finite] == [run != owner for run in range(len(prompts))]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
