@@ -13,6 +13,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from llmopt.compiler import knobs
 from llmopt.compiler.errors import BuildError
 
 TEMPLATES = "llmopt.codegen.templates"
+_IMPORTING = threading.Lock()  # a module is in sys.modules before it has been executed
 
 
 def function(kernel: Kernel) -> Any:
@@ -82,10 +84,13 @@ def _beside(tree: ast.Module) -> list[str]:
 
 
 def _module(source: str) -> Any:
-    """The hooks' module, written and imported once for each text."""
+    """The hooks' module, written and imported once for each text; for other threads only once it is whole."""
     name = f"llmopt_hooks_{hashlib.sha256(source.encode()).hexdigest()[:20]}"
-    if name in sys.modules:
-        return sys.modules[name]
+    with _IMPORTING:
+        return sys.modules[name] if name in sys.modules else _imported(name, source)
+
+
+def _imported(name: str, source: str) -> Any:
     path = knobs.cache() / "hooks" / f"{name}.py"
     write_new(path, source.encode())
     spec = importlib.util.spec_from_file_location(name, path)
