@@ -1,8 +1,8 @@
 """Kernels to cubins: Triton's compiler for a GPU that need not be there, behind a cache of what was compiled.
 
-A cubin is found by everything it depends on: the kernel, the template's text, the GPU's architecture and Triton's
-version. Entries are checked when they are read, and written whole; a lock for each keeps two processes from compiling
-one kernel twice.
+A cubin is found by everything it depends on: the kernel, the template's text, the GPU's architecture, Triton's version
+and settings, and the assembler. Entries are checked when they are read, and written whole; a lock for each keeps two
+processes from compiling one kernel twice.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ VERSION = 1
 _FEW = 2  # kernels that are compiled sooner than a process starts
 _MOST_WORKERS = 16  # each takes 0.5 GB
 _ONE_AT_A_TIME = threading.Lock()  # Triton's settings and sys.stdout are the process's
+# Triton's settings by part that change code and that its own list of environment variables lacks
+_SETTINGS = {
+    "nvidia": ("disable_ptxas_opt", "ptxas_options", "mock_ptx_version", "libdevice_path"),
+    "compilation": ("override", "enable_asan", "instrumentation_mode"),
+    "runtime": ("override_arch",),
+}
 TYPES = ("i32", "i64", "fp32")  # of runtime arguments that are no pointer
 
 
@@ -81,9 +87,36 @@ def triton_version() -> str:
         raise BuildError("Triton is not installed, and GPU kernels need it: pip install triton (Linux)") from None
 
 
+def settings(sm: int) -> dict[str, Any]:
+    """What changes the code that Triton makes of a kernel, other than its version: the environment's and the process's
+    settings, and the assembler. Triton must be there."""
+    from triton import knobs as own
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+
+    found = {**get_cache_invalidating_env_vars(), **own.language.knobs}
+    found.pop("TRITON_DISABLE_LINE_INFO", None)  # set for every compilation
+    for place, names in _SETTINGS.items():
+        found.update((f"{place}.{name}", getattr(getattr(own, place), name, None)) for name in names)
+    return {**found, "ptxas": _assembler(sm)}
+
+
+def _assembler(sm: int) -> list[str]:
+    """Version of ptxas, and where it is if it is not Triton's own; empty if there is none, which compiling says."""
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    try:
+        tool = get_ptxas(sm)
+    except RuntimeError:
+        return []
+    place = Path(tool.path)
+    return [tool.version] if place.is_relative_to(Path(triton.__file__).parent) else [tool.version, str(place)]
+
+
 def entry_path(kernel: Kernel, target: Target) -> Path:
     """Where the cache keeps this kernel's cubin."""
-    parts = (str(VERSION), kernel.digest(), hooks.template_text(kernel.template), target.isa, triton_version())
+    made_by = (triton_version(), json.dumps(settings(architecture(target)), sort_keys=True))
+    parts = (str(VERSION), kernel.digest(), hooks.template_text(kernel.template), target.isa, *made_by)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     return knobs.cache() / "cubin" / f"{key}.cubin"
 

@@ -20,7 +20,7 @@ from llmopt.compiler import knobs
 from llmopt.compiler.errors import BuildError
 from llmopt.compiler.target import Target
 
-# says what it does, waits for the lock, and tells whether it had to compile (only then is Triton imported)
+# says what it does, waits for the lock, and tells whether it had to compile
 RACER = """
 import sys
 from toy_kernels import toy, toys
@@ -32,9 +32,11 @@ def said(path):
     print("looked", flush=True)
     return found
 cubin._read = said
+compiled, compile_ = [], cubin._compile
+cubin._compile = lambda *args: compiled.append(1) or compile_(*args)
 with toys():
     made = cubin.compile_kernel(toy(), Target.parse("cuda:sm_90"))
-print("compiled" if "triton.compiler.compiler" in sys.modules else "found", len(made.data), flush=True)
+print("compiled" if compiled else "found", len(made.data), flush=True)
 """
 
 
@@ -127,6 +129,37 @@ def test_the_key_is_of_the_kernel_the_template_the_gpu_and_triton(tmp_path, monk
     monkeypatch.setattr(cubin, "triton_version", lambda: "4.0.0")
     others.add(cubin.entry_path(toy(), target()))
     assert len(others | {first}) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TRITON_DEFAULT_FP_FUSION", "0"),
+        ("TRITON_F32_DEFAULT", "ieee"),
+        ("PTXAS_OPTIONS", "--maxrregcount=64"),
+        ("DISABLE_PTXAS_OPT", "1"),
+        ("DISABLE_LLVM_OPT", "1"),
+        ("TRITON_OVERRIDE_ARCH", "sm89"),
+    ],
+)
+def test_the_key_is_of_the_settings_that_change_code(name, value, monkeypatch):
+    first = cubin.entry_path(toy(), target())
+    monkeypatch.setenv(name, value)
+    assert cubin.entry_path(toy(), target()) != first
+
+
+def test_the_key_is_of_the_assembler_and_of_none_that_another_gpu_uses(tmp_path, monkeypatch):
+    first = cubin.entry_path(toy(), target())
+    for number in (1, 2):
+        ptxas = tmp_path / f"ptxas{number}"
+        ptxas.write_text(f"#!/bin/sh\necho Cuda compilation tools, release 12.{number}, V12.{number}.0\n")
+        ptxas.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", str(tmp_path / "ptxas1"))
+    assert cubin.entry_path(toy(), target()) == first
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path / "ptxas1"))
+    second = cubin.entry_path(toy(), target())
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path / "ptxas2"))
+    assert len({first, second, cubin.entry_path(toy(), target())}) == 3
 
 
 def test_the_key_follows_the_texts_of_a_template_and_of_what_it_imports(tmp_path):
