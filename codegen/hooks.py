@@ -53,6 +53,14 @@ def constants(kernel: Kernel) -> dict[str, Any]:
 
 def template_text(template: str) -> str:
     """The text of a template's module and of those beside it that it imports, for keys. Raises BuildError."""
+    return "\0".join(f"{name}\0{text}" for name, text in sorted(template_texts(template).items()))
+
+
+def template_texts(template: str) -> dict[str, str]:
+    """By module's name the texts of a template's module and of those beside it that it imports, and they in turn.
+
+    Raises BuildError.
+    """
     texts: dict[str, str] = {}
     waiting = [template.partition(":")[0]]
     while waiting:
@@ -60,7 +68,7 @@ def template_text(template: str) -> str:
         if name not in texts:
             texts[name] = _text(name)
             waiting += _beside(ast.parse(texts[name]))
-    return "\0".join(f"{name}\0{text}" for name, text in sorted(texts.items()))
+    return texts
 
 
 def _text(name: str) -> str:

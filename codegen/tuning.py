@@ -2,8 +2,9 @@
 
 A table is one JSON file for an architecture. An entry says for a template, shape and dtype what was fastest (`config`),
 how fast (`us` of a launch; null where whole steps were compared), on which `device` and `date`. It holds for the
-kernels that were measured: once a template's functions change (comments and docstrings aside) its entries are passed
-over. LLMOPT_TUNE=off passes over all of them. Who measures says with `trial` what is picked.
+kernels that were measured (`source`), with any Triton: it is a choice of speed. Once the kernels of a template, or what
+they call or read, change (comments and docstrings aside) its entries are passed over, with a warning. LLMOPT_TUNE=off
+passes over all of them. Who measures says with `trial` what is picked.
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ import ast
 import hashlib
 import importlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from llmopt.codegen import hooks
 from llmopt.compiler import knobs
 from llmopt.compiler.target import Target
 
 TABLES = Path(__file__).parent / "tuned"
+_log = logging.getLogger("llmopt")
+_WARNED: set[Path] = set()  # tables of which a stale entry was asked for
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,23 @@ def _best(module: str, shape: Mapping[str, int], dtype: str, target: Target) -> 
         found = table(target.isa).get(key(module, shape, dtype))
         if found is not None and found["source"] == source_hash(module):
             return dict(found["config"])
+        if found is not None:
+            _warn_stale(target.isa, module)
     first: dict[str, Any] = importlib.import_module(f"{hooks.TEMPLATES}.{module}").configs(shape, dtype, target)[0]
     return first
+
+
+def _warn_stale(isa: str, module: str) -> None:
+    """Once for each table."""
+    path = TABLES / f"{isa}.json"
+    if path not in _WARNED:
+        _WARNED.add(path)
+        _log.warning(
+            "%s: its entries for the template %r were measured on other kernels than there are now, so defaults are "
+            "used, which may be slower; measure again",
+            path,
+            module,
+        )
 
 
 def key(module: str, shape: Mapping[str, int], dtype: str) -> str:
@@ -95,13 +114,34 @@ def table(isa: str) -> Mapping[str, Mapping[str, Any]]:
 
 @cache
 def source_hash(module: str) -> str:
-    """16 hex digits over the text of a template's kernels, comments and docstrings left out."""
-    tree = ast.parse((Path(__file__).parent / "templates" / f"{module}.py").read_text(encoding="utf-8"))
-    kernels = [node for node in tree.body if isinstance(node, ast.FunctionDef) and _compiled(node)]
+    """16 hex digits over the kernels of a template's module and of the templates' modules it imports, and over what is
+    assigned there and read by them; comments and docstrings left out."""
+    bodies = {name: ast.parse(text).body for name, text in sorted(hooks.template_texts(module).items())}
+    kernels = [node for body in bodies.values() for node in body if _compiled(node)]
     for node in kernels:
         if ast.get_docstring(node) is not None:
-            del node.body[0]
-    return hashlib.sha256("\n".join(map(ast.unparse, kernels)).encode()).hexdigest()[:16]
+            node.body = node.body[1:] or [ast.Pass()]
+    kept = [*kernels, *_assignments(kernels, [node for body in bodies.values() for node in body])]
+    texts = ("\n".join([name, *(ast.unparse(node) for node in body if node in kept)]) for name, body in bodies.items())
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def _assignments(readers: list[ast.FunctionDef], nodes: list[ast.stmt]) -> list[ast.stmt]:
+    """Those of `nodes` that give `readers` a name, and the ones that give these a name, and so on."""
+    waiting = [node for node in nodes if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign)]
+    found: list[ast.stmt] = []
+    reading: list[ast.stmt] = [*readers]
+    while reading:
+        names = {name for node in reading for name in _names(node, ast.Load)}
+        reading = [node for node in waiting if node not in found and _names(node, ast.Store) & names]
+        found += reading
+    return found
+
+
+def _names(node: ast.AST, context: type[ast.expr_context]) -> set[str]:
+    """The variables and attributes that are read or written."""
+    named = [n for n in ast.walk(node) if isinstance(n, ast.Name | ast.Attribute) and isinstance(n.ctx, context)]
+    return {n.id if isinstance(n, ast.Name) else n.attr for n in named}
 
 
 def write(isa: str, entries: Iterable[Mapping[str, Any]], folder: Path | None = None) -> Path:
@@ -114,5 +154,7 @@ def write(isa: str, entries: Iterable[Mapping[str, Any]], folder: Path | None = 
     return path
 
 
-def _compiled(node: ast.FunctionDef) -> bool:
-    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
+def _compiled(node: ast.stmt) -> TypeGuard[ast.FunctionDef]:
+    return isinstance(node, ast.FunctionDef) and any(
+        ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list
+    )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from toy_kernels import toys
 
 from llmopt.codegen import tuning
 from llmopt.compiler import knobs
@@ -22,6 +24,7 @@ SHAPE = {"K": 4096, "J": 6144, "PARTS": 1, "NORM": 1, "N": 1}
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(tuning, "TABLES", tmp_path)
+    monkeypatch.setattr(tuning, "_WARNED", set())
     tuning.table.cache_clear()
     yield tmp_path
     tuning.table.cache_clear()
@@ -48,9 +51,60 @@ def test_an_entry_is_picked_for_its_shape_and_dtype_only(tables: Path) -> None:
         assert picked() == default
 
 
-def test_an_entry_of_other_kernels_is_passed_over(tables: Path) -> None:
-    tuning.write("sm_90", [entry(source="0" * 16)], tables)
-    assert picked()["BLOCK_J"] != 2
+def test_an_entry_of_other_kernels_is_passed_over_and_said_once(tables: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = {**SHAPE, "J": 4096}
+    tuning.write("sm_90", [entry(source="0" * 16), entry(source="0" * 16, shape=other)], tables)
+    with caplog.at_level(logging.WARNING, "llmopt"):
+        assert picked(dtype="float16")["BLOCK_J"] != 2  # there is no entry
+        assert not caplog.records
+        assert picked()["BLOCK_J"] != 2
+        assert picked(other)["BLOCK_J"] != 2
+    (record,) = caplog.records
+    assert str(tables / "sm_90.json") in record.getMessage()
+    assert "'gemv'" in record.getMessage()
+
+
+KERNEL = """
+import triton
+from llmopt.codegen.templates import beside
+from llmopt.codegen.templates.beside import helper
+
+WIDTH = 2 * SIZE
+SIZE: int = 8
+OTHER = 1
+
+@triton.jit
+def kernel(x):
+    "What it does."
+    # why
+    return helper(x) + WIDTH + beside.LIMIT
+
+def configs():
+    return [OTHER]
+"""
+BESIDE = "import triton\nLIMIT = 3\nLAST = 4\n\n@triton.jit\ndef helper(x):\n    return x\n"
+
+
+def test_the_hash_is_of_all_that_a_kernel_calls_and_reads_and_of_nothing_else(tmp_path: Path) -> None:
+    def hashed(name: str = "made", old: str = "", new: str = "") -> str:
+        tuning.source_hash.cache_clear()
+        for file, text in (("made", KERNEL), ("beside", BESIDE)):
+            assert file != name or old in text
+            (tmp_path / f"{file}.py").write_text(text.replace(old, new) if file == name else text)
+        return tuning.source_hash("made")
+
+    with toys(tmp_path):
+        first = hashed()
+        for change in (("What it does.", "Else."), ("# why", "# how"), ("OTHER = 1", "OTHER = 2"), ("[OTHER]", "[]")):
+            assert hashed("made", *change) == first, change
+        assert hashed("beside", "LAST = 4", "LAST = 5") == first
+        others = [
+            hashed("made", *change)
+            for change in (("WIDTH = 2", "WIDTH = 3"), ("= 8", "= 16"), ("helper(x) +", "helper(x) -"))
+        ]
+        others += [hashed("beside", "return x", "return -x"), hashed("beside", "LIMIT = 3", "LIMIT = 4")]
+    tuning.source_hash.cache_clear()
+    assert len({first, *others}) == 6
 
 
 def test_writing_replaces_the_entry_of_the_same_key(tables: Path) -> None:
