@@ -5,8 +5,9 @@
     v = linear(x, w["v"])
 
 Equal nodes are merged and dead ones dropped; nodes that depend on weights alone become Folds, computed once when the
-weights are read; linears that share their input become one (q/k/v, gate/up), which reads the activation once and runs
-as one kernel. Exact: each output row is the same dot product as before.
+weights are read, and the products and norms that read them are raised; linears that share their input become one
+(q/k/v, gate/up), which reads the activation once and runs as one kernel. Exact: each output row is the same dot product
+as before.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from llmopt.compiler._torch import faking
 from llmopt.compiler.graph import Graph, origin, target_name
 from llmopt.compiler.pipeline import Context, Pass, PassStats
 from llmopt.compiler.program import Fold, Program
+from llmopt.compiler.rewrite import apply_rules
 from llmopt.compiler.simplify import is_impure, simplify
+from llmopt.passes.raise_aten import weight_rules
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Canonicalize(Pass):
         for graph in program.graphs.values():
             simplify(graph)
             if context.fold_weights:
-                fold_constants(graph, program, stats)
+                raise_folded(graph, program, stats, context)
             if context.fold_weights and self.merge_linears:
                 merge_linears(graph, program, stats, context)
             simplify(graph)
@@ -67,6 +70,16 @@ def fold_constants(graph: Graph, program: Program, stats: PassStats) -> None:
     for node in list(graph.fx.nodes):
         if node in constant and node.op == "call_function" and any(u not in constant for u in node.users):
             _fold(graph, node, program, stats)
+
+
+def raise_folded(graph: Graph, program: Program, stats: PassStats, context: Context) -> None:
+    """Fold; then `linear(x, tanh(w))`, which raise-aten had to leave, is a product with a weight."""
+    before = stats.rewritten
+    fold_constants(graph, program, stats)
+    if stats.rewritten > before:
+        raised = apply_rules(graph, weight_rules(program, fold=True), limit=context.rewrites_left)
+        context.spend(raised.rewritten)
+        stats.add(raised)
 
 
 def _fold(graph: Graph, node: fx.Node, program: Program, stats: PassStats) -> None:

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, fx
 
 from llmopt.compiler import knobs
+from llmopt.compiler.emittable import op_name
 from llmopt.compiler.graph import Graph, origin, target_name
 from llmopt.compiler.pipeline import Context, Pass, PassStats
 from llmopt.compiler.program import Program
-from llmopt.passes.partition import CASTS, Kernel, base, is_row_choice, is_view, partition, reason_against, short_name
+from llmopt.passes.partition import CASTS, Kernel, base, is_row_choice, is_view, partition, reason_against
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def repeat_norms(step: Graph) -> None:
     """A norm that only products read is repeated for each: that costs less than a kernel and a tensor of its own."""
     for norm in list(step.calls("rms_norm")):
         last = norm
-        while len(last.users) == 1 and short_name(next(iter(last.users))) in CASTS:
+        while len(last.users) == 1 and op_name(next(iter(last.users))) in CASTS:
             last = next(iter(last.users))
         products = [u for u in last.users if target_name(u) == "linear" and u.args[0] is last]
         if len(products) == len(last.users):

@@ -19,8 +19,8 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from llmopt.compiler.emittable import POINTWISE, REDUCTIONS, why_not
-from llmopt.compiler.graph import Graph, target_name
+from llmopt.compiler.emittable import POINTWISE, REDUCTIONS, op_name, why_not
+from llmopt.compiler.graph import Graph
 from llmopt.compiler.target import Target
 from llmopt.passes.kernel_cost import Costs
 
@@ -42,30 +42,25 @@ class Kernel:
     nodes: list[fx.Node]
 
 
-def short_name(node: fx.Node) -> str:
-    """`target_name` without `aten.`."""
-    return target_name(node).removeprefix("aten.")
-
-
 def is_view(node: fx.Node) -> bool:
     """Does the node only name elements of its operand anew?"""
     if node.op != "call_function":
         return False
-    if short_name(node) == "getitem":
+    if op_name(node) == "getitem":
         return is_view(node.args[0])  # type: ignore[arg-type]
-    return short_name(node) in VIEWS
+    return op_name(node) in VIEWS
 
 
 def base(node: fx.Node) -> fx.Node:
     """What the views (and choices among several results) that end in `node` look at."""
-    while is_view(node) or short_name(node) == "getitem":
+    while is_view(node) or op_name(node) == "getitem":
         node = node.args[0]  # type: ignore[assignment]
     return node
 
 
 def is_row_choice(node: fx.Node) -> bool:
     """Is this the selection of the rows whose logits are wanted?"""
-    rows = node.args[2] if short_name(node) == "index_select" else None
+    rows = node.args[2] if op_name(node) == "index_select" else None
     return isinstance(rows, fx.Node) and rows.op == "placeholder"
 
 
@@ -81,9 +76,9 @@ def reason_against(node: fx.Node) -> str | None:
     for source in node.all_input_nodes:
         while is_view(source):
             if (reason := why_not(source)) is not None:
-                return f"{short_name(source)} in front of it: {reason}"
+                return f"{op_name(source)} in front of it: {reason}"
             source = source.args[0]  # type: ignore[assignment]
-    return _ANCHORS[short_name(node)](node) if short_name(node) in _ANCHORS else why_not(node)
+    return _ANCHORS[op_name(node)](node) if op_name(node) in _ANCHORS else why_not(node)
 
 
 def _not_linear(node: fx.Node) -> str | None:
@@ -93,7 +88,7 @@ def _not_linear(node: fx.Node) -> str | None:
 def _not_attend(node: fx.Node) -> str | None:
     writes: tuple[Any, ...] = node.args[1:3]
     users = {u for n in writes for u in n.users if u.op != "output"}
-    if any(short_name(n) != "kv_write" for n in writes) or users != {node}:
+    if any(op_name(n) != "kv_write" for n in writes) or users != {node}:
         return "others read its pages too"
     (_, q_heads, _, size), (_, heads, page, _) = (n.meta["val"].shape for n in node.args[:2])  # type: ignore[union-attr]
     if max(size, node.meta["val"].shape[-1]) > 256 or q_heads % heads or page & (page - 1):
@@ -102,7 +97,7 @@ def _not_attend(node: fx.Node) -> str | None:
 
 
 def _not_write(node: fx.Node) -> str | None:
-    attends = [u for u in node.users if short_name(u) == "attend"]
+    attends = [u for u in node.users if op_name(u) == "attend"]
     return _not_attend(attends[0]) if attends else "nothing attends to its pages"
 
 
@@ -134,16 +129,16 @@ class _Partition:
         words = [n for n in self.units if any(s.name == "input_ids" for s in n.all_input_nodes)]
         self.hidden = set(words).union(*(nx.descendants(self.flow, n) for n in words))
         self.against = {n: reason_against(n) for n in self.units}
-        self.free = {n for n in self.units if self.against[n] is None and short_name(n) not in _ANCHORS}
+        self.free = {n for n in self.units if self.against[n] is None and op_name(n) not in _ANCHORS}
         self.made: list[Kernel] = []
 
     def kernels(self) -> list[Kernel]:
         """Attention first, then products, their results before their operands, then rows."""
-        anchors = [n for n in self.units if short_name(n) in ("attend", "linear") and self.against[n] is None]
+        anchors = [n for n in self.units if op_name(n) in ("attend", "linear") and self.against[n] is None]
         for node in anchors:
-            if short_name(node) == "attend":
+            if op_name(node) == "attend":
                 self._add("attention", self._attention(node))
-        products = [n for n in anchors if short_name(n) == "linear"]
+        products = [n for n in anchors if op_name(n) == "linear"]
         joined = {n: self._behind(n) for n in reversed(products)}
         for node in products:
             self._add("gemm", self._before(node, joined[node]))
@@ -196,7 +191,7 @@ class _Partition:
 
     def _attention(self, attend: fx.Node) -> list[fx.Node]:
         """An attend, the writes it reads, and what turns a product's result into q, k and v."""
-        writes = [n for n in self.flow.predecessors(attend) if short_name(n) == "kv_write"]
+        writes = [n for n in self.flow.predecessors(attend) if op_name(n) == "kv_write"]
         inside = dict.fromkeys([attend, *writes])
         channels = {int(n.meta["val"].shape[-1]) for n in (attend.args[0], *writes)}  # type: ignore[union-attr]
         pending = {s for n in inside for s in self.flow.predecessors(n)} - set(inside)
@@ -238,10 +233,10 @@ class _Partition:
         start = base(product.args[0])  # type: ignore[arg-type]
         shape = _rows_and_width(product.args[0])  # type: ignore[arg-type]
         front, node = [product], start
-        while short_name(node) in CASTS and self._joins(node, front):
+        while op_name(node) in CASTS and self._joins(node, front):
             front.append(node)
             node = base(node.args[0])  # type: ignore[arg-type]
-        norm = short_name(node) == "rms_norm" and self._joins(node, front) and _rows_and_width(node) == shape
+        norm = op_name(node) == "rms_norm" and self._joins(node, front) and _rows_and_width(node) == shape
         if norm and self._pays(behind, [*front[1:], node]):
             front.append(node)
             start = base(node.args[0])  # type: ignore[arg-type]
@@ -291,14 +286,14 @@ class _Partition:
 
 
 def _is_pointwise(node: fx.Node) -> bool:
-    return short_name(node) in POINTWISE - {"rope"}
+    return op_name(node) in POINTWISE - {"rope"}
 
 
 def _is_of_heads(node: fx.Node, channels: Collection[int]) -> bool:
     """Norms and means are taken per head inside attention; words are looked up elsewhere."""
     source = node.args[0]
     width = source.meta["val"].shape[-1] if isinstance(source, fx.Node) else None
-    return short_name(node) != "embedding" and (short_name(node) not in REDUCTIONS or width in channels)
+    return op_name(node) != "embedding" and (op_name(node) not in REDUCTIONS or width in channels)
 
 
 def _rows_and_width(node: fx.Node) -> tuple[str, str]:
@@ -306,7 +301,7 @@ def _rows_and_width(node: fx.Node) -> tuple[str, str]:
 
     The last axis of [1, N] runs over tokens: rows of one element.
     """
-    source = node.args[0] if short_name(node) in REDUCTIONS else node
+    source = node.args[0] if op_name(node) in REDUCTIONS else node
     sizes = [*source.meta["val"].shape]  # type: ignore[union-attr]
     width = sizes.pop() if sizes and isinstance(sizes[-1], int) else 1
     rows: Any = 1

@@ -185,6 +185,11 @@ class Softcap(Rule):
         return b.ir.softcap(m["x"], float(m["cap"]))
 
 
+def weight_rules(program: Program, fold: bool) -> list[Rule]:
+    """What is raised only where its weight is one of the program's, and not computed in the step."""
+    return [RmsNorm(), ShiftedRmsNorm(), LateRmsNorm(), FusedRmsNorm(), *linear_rules(program, fold)]
+
+
 @dataclass(frozen=True)
 class RaiseAten(Pass):
     """From aten spellings to IR ops; see the module's docstring."""
@@ -197,10 +202,7 @@ class RaiseAten(Pass):
         total = PassStats()
         for graph in program.graphs.values():
             simplify(graph)
-            rules = [
-                RmsNorm(), ShiftedRmsNorm(), LateRmsNorm(), FusedRmsNorm(), Gated(), Softcap(), *ROPE_RULES,
-                *linear_rules(program, context.fold_weights),
-            ]  # fmt: skip
+            rules = [*weight_rules(program, context.fold_weights), Gated(), Softcap(), *ROPE_RULES]
             if context.strict:  # masks are judged by what they allow in whole sequences, so by whole models
                 rules += attention_rules(graph, program)
             stats = apply_rules(graph, rules, limit=context.rewrites_left)
