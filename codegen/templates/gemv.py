@@ -157,16 +157,13 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
     Weights ahead (PREFETCH) make the assembler issue a step's loads at once; it would else put each beside its use, to
     save registers, and wait for them one by one.
     """
-    wide = 4 if dtype == "float32" else 8
-    K, rows_in_all = shape["K"], shape["J"] * shape["PARTS"]
-    whole = triton.next_power_of_2(K)
-    rows, loads = (8, 128)
-    if rows_in_all <= 16 * target.cores:
-        rows, loads = (
-            4,
-            256,
-        )  # few rows: small blocks, so that every multiprocessor has some; a whole row in few steps
-    tiles = [(rows, loads, 4, 1)]
+    wide = 4 if dtype == "float32" else 8  # columns of one load, which a block holds at least
+    rows_in_all = shape["J"] * shape["PARTS"]
+    whole = max(wide, triton.next_power_of_2(shape["K"]))
+    few = rows_in_all <= 16 * target.cores
+    # few rows: small blocks, so that every multiprocessor has some; a whole row in few steps
+    first = (4, 256) if few else (8, 128)
+    tiles = [(*first, 4, 1)]
     tiles += [
         (r, n, 4, ahead) for r, n in ((8, 128), (4, 256), (4, 128), (16, 128), (2, 256), (8, 256)) for ahead in (1, 0)
     ]
@@ -174,7 +171,7 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
     found = [
         {
             "BLOCK_J": r // shape["PARTS"], "BLOCK_K": min(n * wide, whole), "PREFETCH": ahead, "EARLY": 0, "EVICT": "",
-            "ASK": 0,            "num_warps": max(1, min(warps, whole // (32 * wide))), "num_stages": 1,
+            "ASK": 0, "num_warps": max(1, min(warps, whole // (32 * wide))), "num_stages": 1,
         }
         for r, n, warps, ahead in tiles
     ]  # fmt: skip

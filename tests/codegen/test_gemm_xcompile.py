@@ -65,6 +65,15 @@ def test_defaults_compile_for_every_gpu(isa: str, template: str) -> None:
         assert made.spills <= 16, config  # two registers, outside the loop
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_shorter_than_a_load_compile(dtype: torch.dtype) -> None:
+    """A LoRA of rank 4 that was not merged, or of rank 2."""
+    case, target = Case(16 // dtype.itemsize // 2, 64, norm=1, dtype=dtype), Target.parse("cuda:sm_90")
+    for template, tokens in (("gemv", 1), ("gemm", 8)):
+        config = tuning.pick(template, case.sizes(tokens), str(dtype).removeprefix("torch."), target)
+        assert compiled(case, template, config, target).spills == 0
+
+
 @pytest.mark.parametrize(("name", "prefetch"), [("qkv", 0), ("qkv", 1), ("gate_up", 1), ("down", 1)])
 def test_gemv_streams_in_16_bytes(name: str, prefetch: int, tmp_path: Path) -> None:
     case, target = SHAPES[name], Target.parse("cuda:sm_90")

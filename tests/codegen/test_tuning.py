@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from toy_kernels import toys
 
 from llmopt.codegen import tuning
@@ -135,3 +136,14 @@ def test_there_is_a_default_for_every_shape(template: str, dtype: str, isa: str,
         default = tuning.pick(template, {"K": K, "J": J, "PARTS": parts, "NORM": 1, "N": tokens}, dtype, target)
         assert default["num_stages"] >= 1
         assert default["BLOCK_J"] >= 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_vector_s_block_is_one_load_at_least(dtype: str) -> None:
+    from llmopt.codegen.templates import gemv
+
+    load = 16 // getattr(torch, dtype).itemsize
+    for columns in (1, 2, 3, 4, 7):
+        tried = gemv.configs({**SHAPE, "K": columns}, dtype, TARGET)
+        assert {config["BLOCK_K"] for config in tried} == {max(load, 1 << (columns - 1).bit_length())}
+    assert gemv.configs(SHAPE, dtype, TARGET)[0]["BLOCK_K"] == 128 * load
