@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmopt.compiler.errors import CacheFullError, InputError
 from llmopt.runtime.decoder import Batch, Decoder, NewPage
+from llmopt.runtime.executor import no_room
 from llmopt.runtime.kv_cache import KVCache
 from llmopt.runtime.sampler import SampleRows, SamplingParams, sample
 
@@ -235,9 +236,15 @@ class Engine:
         self._release(sequence)
         del self._live[sequence.handle]
 
-    @torch.no_grad()
     def _run(self) -> None:
         """One forward, if there is anything to run; after one that raised, the next repeats it."""
+        try:
+            self._run_once()
+        except torch.OutOfMemoryError as error:  # the forward says its own
+            raise no_room(f"a step of {len(self._running)} sequences with the choice of their tokens", error) from error
+
+    @torch.no_grad()
+    def _run_once(self) -> None:
         self._make_room()
         if not self._steady:
             self._plan()

@@ -23,7 +23,7 @@ from llmopt.compiler.target import Target
 from llmopt.runtime.decode_graphs import DecodeGraphs
 from llmopt.runtime.decoder import DecodeState
 from llmopt.runtime.engine import Engine, StepFn
-from llmopt.runtime.executor import Executor
+from llmopt.runtime.executor import Executor, no_room
 from llmopt.runtime.gpu_code import GpuCode
 from llmopt.runtime.gpu_step import GpuStep
 from llmopt.runtime.kv_cache import KVCache
@@ -74,12 +74,19 @@ def open_session(
     if isinstance(code, GpuCode):
         step = GpuStep(code, weights, current, launcher or _cuda_launcher(code), place)
         if code.decodes:
-            most = min(64, recipe.dims.sequences[1])
-            state = DecodeState(most, cache.pages_for(program.facts.context_length), cache.page_size, place)
+            state = _decode_state(program, recipe, cache, place)
             decoder = DecodeGraphs(partial(step.decode, state), state, step.parts)
     else:
         step = Executor(program.graph("step"), weights, current, code, place)
     return Session(place, weights, cache, step, decoder, _engine(program, recipe, step, cache, decoder))
+
+
+def _decode_state(program: Program, recipe: Recipe, cache: KVCache, device: torch.device) -> DecodeState:
+    most, width = min(64, recipe.dims.sequences[1]), cache.pages_for(program.facts.context_length)
+    try:
+        return DecodeState(most, width, cache.page_size, device)
+    except torch.OutOfMemoryError as error:
+        raise no_room(f"the decoding state of {most} sequences of {width} pages", error) from error
 
 
 def _engine(program: Program, recipe: Recipe, step: StepFn, cache: KVCache, decoder: DecodeGraphs | None) -> Engine:

@@ -19,6 +19,7 @@ from llmopt.runtime import cuda, native
 from llmopt.runtime.build import build
 from llmopt.runtime.decode_graphs import DecodeGraphs
 from llmopt.runtime.decoder import DecodeState
+from llmopt.runtime.engine import SamplingParams
 from llmopt.runtime.gpu_code import MANY, SHAPES, GpuCode, code_for
 from llmopt.runtime.session import open_session
 
@@ -50,6 +51,40 @@ def test_a_graph_too_large_says_of_how_many_sequences():
     with pytest.raises(DeviceMemoryError, match="the graph of a step of 16 sequences does not fit"):
         graphs.replay(16, 40)
     assert graphs.captured == 0
+
+
+def drained(running):
+    events = []
+    while running.unfinished:
+        events += running.step()
+    return events
+
+
+@pytest.mark.parametrize(
+    ("place", "lengths", "params"),
+    [
+        ("engine", (5, 9), SamplingParams(max_new_tokens=4)),
+        ("engine", (5, 9), SamplingParams(max_new_tokens=4, temperature=1.0)),
+        ("decode_graphs", (5,), SamplingParams(max_new_tokens=4, temperature=1.0, top_k=3)),
+    ],
+)
+def test_choosing_tokens_without_room_is_an_error_and_the_step_can_be_repeated(place, lengths, params, monkeypatch):
+    """In a step that reads prompts, and in one that decodes with torch's sampler behind the graph."""
+    running = planned(launcher=lambda kernel: lambda grid, args: None).engine
+    for length in lengths:
+        running.submit([1] * length, params)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"llmopt.runtime.{place}.sample", no_room)
+        said = f"a step of {len(lengths)} sequences with the choice of their tokens does not fit the GPU's memory"
+        with pytest.raises(DeviceMemoryError, match=said):
+            drained(running)
+    assert len(drained(running)) >= 3 * len(lengths)
+
+
+def test_a_decoding_state_without_room_says_its_size(monkeypatch):
+    monkeypatch.setattr("llmopt.runtime.session.DecodeState", no_room)
+    with pytest.raises(DeviceMemoryError, match=r"the decoding state of \d+ sequences of \d+ pages does not fit"):
+        planned(launcher=lambda kernel: no_room)
 
 
 def test_a_step_or_forward_of_torch_too_large_says_its_shapes(monkeypatch):
