@@ -52,14 +52,29 @@ def _squares(x, V: tl.constexpr):
 
 
 @triton.jit
+def _scales(
+    m, column, squares, N, e0, e1, e2, e3, e4, e5,
+    K: tl.constexpr, EPS: tl.constexpr, LOAD_X: tl.constexpr, SPAN: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    # the norm's scale of each row m, shaped as m, over all of K: SPAN columns a step from `column` on; squares all 0
+    for step in range((K + SPAN - 1) // SPAN):
+        k = column + step * SPAN
+        squares += _squares(LOAD_X(m, k, (m < N) & (k < K), e0, e1, e2, e3, e4, e5), V)
+    square = tl.sum(squares, axis=len(squares.shape) - 1)
+    if len(square.shape) == 2:
+        square = tl.sum(square, axis=0)
+    return tl.reshape(tl.rsqrt(square / K + EPS), m.shape)
+
+
+@triton.jit
 def _finish(
     acc0, acc1, squares, first, y, e0, e1, e2, e3, e4, e5, N,
-    K: tl.constexpr, J: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
+    K: tl.constexpr, J: tl.constexpr, PARTS: tl.constexpr, AFTER: tl.constexpr, EPS: tl.constexpr,
     EPILOGUE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     m = tl.arange(0, BLOCK_M)[None, :]
     n = first + tl.arange(0, BLOCK_J)[:, None]
-    if NORM:
+    if AFTER:
         scale = tl.rsqrt(squares / K + EPS)[None, :]
         acc0 = acc0 * scale
         if PARTS == 2:
@@ -81,15 +96,18 @@ def gemm(  # noqa: C901
 ):  # fmt: skip
     """y[m, j] = EPILOGUE of row OFFSET0 + j (and OFFSET1 + j) of w [F, K] with X[m], m < N <= BLOCK_M.
 
-    X is LOAD_X, with NORM times LOAD_G, rounded to w's dtype, and the sums scaled by the root of the mean of LOAD_X's
-    squares plus EPS. Grid (cdiv(J, BLOCK_J), SPLIT_K). With SPLIT_K > 1: tickets i32 [cdiv(J, BLOCK_J)], zero before
-    and after, and partial fp32 [cdiv(J, BLOCK_J) * SPLIT_K * (PARTS * BLOCK_J + NORM) * BLOCK_M]; else both None.
+    X is LOAD_X, with NORM times LOAD_G, rounded to w's dtype, and the sums divided by the root of the mean of LOAD_X's
+    squares plus EPS; in fp16, whose range LOAD_X * LOAD_G may leave, X is divided before it is rounded, for which each
+    program reads x twice. Grid (cdiv(J, BLOCK_J), SPLIT_K). With SPLIT_K > 1: tickets i32 [cdiv(J, BLOCK_J)], zero
+    before and after, partial fp32 [cdiv(J, BLOCK_J) * SPLIT_K * (PARTS * BLOCK_J + NORM) * BLOCK_M]; else both None.
     EARLY: the next kernel may start as soon as this one has, else after its last load. ASK: the weights come into L2
     while the kernel ahead still runs.
     """
     V: tl.constexpr = 128 // w.dtype.element_ty.primitive_bitwidth
     STEPS: tl.constexpr = (K + BLOCK_K * SLICES * SPLIT_K - 1) // (BLOCK_K * SLICES * SPLIT_K)
     MASKED: tl.constexpr = K % (BLOCK_K * SLICES * SPLIT_K) != 0
+    SCALED: tl.constexpr = NORM == 1 and w.dtype.element_ty == tl.float16  # the operand, else the sums
+    AFTER: tl.constexpr = NORM == 1 and not SCALED
     first = tl.program_id(0) * BLOCK_J
     split = tl.program_id(1)
     if SLICES == 1:
@@ -107,6 +125,7 @@ def gemm(  # noqa: C901
     acc1 = acc0
     if J % BLOCK_J != 0:
         row = tl.minimum(row, J - 1 - first)  # rows past the end repeat the last one; they are not stored
+    start = column
     column += split * (STEPS * BLOCK_K * SLICES)
     if PDL:
         if ASK and not MASKED:
@@ -117,6 +136,8 @@ def gemm(  # noqa: C901
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    if SCALED:
+        scales = _scales(m, start, squares, N, e0, e1, e2, e3, e4, e5, K, EPS, LOAD_X, BLOCK_K * SLICES, V)
     for step in range(STEPS):
         k = column + step * (BLOCK_K * SLICES)
         whole = k < K if MASKED else tl.full([1] * len(k.shape), True, tl.int1)
@@ -124,8 +145,11 @@ def gemm(  # noqa: C901
         if PARTS == 2:
             a1 = _load(w, first + OFFSET1, row, k, K, MASKED)
         x = LOAD_X(m, k, (m < N) & whole, e0, e1, e2, e3, e4, e5)
-        if NORM:
+        if AFTER:
             squares += _squares(x, V)
+        if SCALED:
+            x = x * scales
+        if NORM:
             x = x * LOAD_G(k, whole, e0, e1, e2, e3, e4, e5)
         x = x.to(w.dtype.element_ty)
         acc0 = _product(a0, x, acc0, SLICES)
@@ -141,7 +165,7 @@ def gemm(  # noqa: C901
             acc1 = tl.sum(acc1, axis=0)
     if SPLIT_K == 1:
         _finish(acc0, acc1, square, first, y, e0, e1, e2, e3, e4, e5, N,
-                K, J, PARTS, NORM, EPS, EPILOGUE, BLOCK_J, BLOCK_M)  # fmt: skip
+                K, J, PARTS, AFTER, EPS, EPILOGUE, BLOCK_J, BLOCK_M)  # fmt: skip
     else:
         SIZE: tl.constexpr = (PARTS * BLOCK_J + NORM) * BLOCK_M
         column_m = tl.arange(0, BLOCK_M)
@@ -151,7 +175,7 @@ def gemm(  # noqa: C901
         tl.store(mine + spot, acc0)
         if PARTS == 2:
             tl.store(mine + BLOCK_J * BLOCK_M + spot, acc1)
-        if NORM:
+        if AFTER:
             tl.store(mine + PARTS * BLOCK_J * BLOCK_M + column_m, square)
         # every thread's stores before the ticket, every thread's loads after it
         tl.debug_barrier()
@@ -166,10 +190,10 @@ def gemm(  # noqa: C901
                 acc0 += tl.load(theirs + spot, cache_modifier=".cg")
                 if PARTS == 2:
                     acc1 += tl.load(theirs + BLOCK_J * BLOCK_M + spot, cache_modifier=".cg")
-                if NORM:
+                if AFTER:
                     square += tl.load(theirs + PARTS * BLOCK_J * BLOCK_M + column_m, cache_modifier=".cg")
             _finish(acc0, acc1, square, first, y, e0, e1, e2, e3, e4, e5, N,
-                    K, J, PARTS, NORM, EPS, EPILOGUE, BLOCK_J, BLOCK_M)  # fmt: skip
+                    K, J, PARTS, AFTER, EPS, EPILOGUE, BLOCK_J, BLOCK_M)  # fmt: skip
             tl.store(tickets + tl.program_id(0), 0)
 
 

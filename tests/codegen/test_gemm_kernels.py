@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gemm_cases import Case, Data
@@ -69,3 +71,14 @@ def test_gemm_of_any_number_of_tokens(tokens: int, width: int) -> None:
 def test_gemm_splits_that_do_not_divide() -> None:
     data = Data.of(Case(7 * 32, 16), 2)
     right(data, data.run("gemm", {**MATRIX, "SPLIT_K": 4}))
+
+
+@pytest.mark.parametrize(("slices", "split"), [(1, 1), (2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("size", "weight"), [(1e4, 20.0), (3e-4, 0.02), (1.0, 1.0)])
+def test_a_norm_in_fp16_neither_overflows_nor_loses_bits(size: float, weight: float, slices: int, split: int) -> None:
+    for case in (Case(128, 32, norm=1, dtype=torch.float16), Case(200, 21, parts=2, norm=1, dtype=torch.float16)):
+        data = Data.of(case, 3)
+        x = data.x.double() / data.x.double().abs().amax() * size
+        data = replace(data, x=x.to(case.dtype), g=torch.full_like(data.g, weight))
+        right(data, data.run("gemm", {**MATRIX, "SLICES": slices, "SPLIT_K": split}, calls=2))
+        right(replace(data, x=data.x[:1]), replace(data, x=data.x[:1]).run("gemv", VECTOR))
