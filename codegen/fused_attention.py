@@ -15,23 +15,18 @@ from llmopt.codegen.fused_region import (
     call_of,
     config_of,
     dtype_of,
-    keeps_order,
     passed,
     template_of,
     type_of,
 )
 from llmopt.codegen.kernel import FRESH, PAGED, Buffer, Call, Scalar
 from llmopt.codegen.printer import Operands
+from llmopt.compiler.emittable import attention_shape, keeps_order, puts_tokens_first
 from llmopt.compiler.errors import EmitError
 
 # lengths of prompts are rounded up to multiples of this for torch's attention: cuDNN, which it calls on an sm_90,
 # plans anew for each length, for tenths of a second
 TORCH_TOKENS = 256
-
-
-def _heads(attend: fx.Node) -> dict[str, int]:
-    q, k, v = (n.meta["val"].shape for n in attend.args[:3])  # type: ignore[union-attr]
-    return {"HQ": q[1], "HKV": k[1], "D": k[3], "DV": v[3], "PAGE": k[2]}
 
 
 def _common(region: FusedRegion, attend: fx.Node) -> tuple[list[Argument], Argument, Argument, dict[str, Scalar]]:
@@ -47,14 +42,19 @@ def _common(region: FusedRegion, attend: fx.Node) -> tuple[list[Argument], Argum
     if isinstance(sinks, fx.Node):
         sunk = ("sinks", type_of(sinks), region.argument(sinks))
     constants: dict[str, Scalar] = {"SCALE": float(scale), "WINDOW": int(window), "SOFTCAP": float(softcap)}  # type: ignore[arg-type]
-    return paged, sunk, ("out", type_of(attend), f"out{_place_of(region, attend)}"), {**_heads(attend), **constants}
+    return (
+        paged,
+        sunk,
+        ("out", type_of(attend), f"out{_place_of(region, attend)}"),
+        {**attention_shape(attend), **constants},
+    )
 
 
 def _place_of(region: FusedRegion, attend: fx.Node) -> int:
     """Which output the attention's result is, token by token. Raises EmitError."""
     result = region.result()
-    turned = [n for n in _chain(result, attend) if not keeps_order(n)]
-    if len(turned) != 1 or list(turned[0].meta["val"].shape[2:]) != [_heads(attend)["HQ"], _heads(attend)["DV"]]:
+    *behind, turned = _chain(result, attend) or [result]
+    if not puts_tokens_first(turned) or not all(map(keeps_order, behind)):
         raise EmitError(f"{attend.name} is returned as {list(result.meta['val'].shape)}; wanted it token by token")
     return region.graph.outputs().index(result)
 
@@ -102,7 +102,7 @@ def _kernel(region: FusedRegion, attend: fx.Node, made: Sequence[fx.Node], token
     operands = Operands()
     printers = {"LOAD_Q": query_hook, "LOAD_K": key_hook, "LOAD_V": key_hook}
     hooks = {k: hook(operands, n, region.stored) for (k, hook), n in zip(printers.items(), made, strict=True)}
-    heads = _heads(attend)
+    heads = attention_shape(attend)
     template = "decode_attention:decode_attention"
     config = config_of(region, template, {**heads, "N": tokens}, dtype_of(attend))
     arguments: list[Argument] = [
@@ -126,7 +126,7 @@ def many_attention(region: FusedRegion) -> None:
     (attend,) = region.graph.calls("attend")
     q, writes = attend.args[0], attend.args[1:3]
     paged, sinks, out, constants = _common(region, attend)
-    heads = _heads(attend)
+    heads = attention_shape(attend)
     template = "prefill_attention:prefill_attention"
     config = config_of(region, template, heads, dtype_of(attend))
     given = constants["WINDOW"], constants["SOFTCAP"], sinks[1] is not None

@@ -17,13 +17,13 @@ from llmopt.codegen.fused_region import (
     calls_any,
     config_of,
     dtype_of,
-    keeps_order,
     passed,
     template_of,
     type_of,
 )
 from llmopt.codegen.kernel import Buffer, Call, Scalar
 from llmopt.codegen.printer import Operands
+from llmopt.compiler.emittable import keeps_order
 from llmopt.compiler.errors import EmitError
 
 

@@ -16,13 +16,12 @@ from llmopt.codegen.kernel import Buffer, Call, Kernel, Scalar, Size
 from llmopt.codegen.printer import TYPES, Operands
 from llmopt.codegen.rows import rows_calls
 from llmopt.codegen.tuning import pick
-from llmopt.compiler.emittable import op_name
+from llmopt.compiler.emittable import keeps_order, op_name
 from llmopt.compiler.errors import EmitError
 from llmopt.compiler.graph import Graph
 from llmopt.compiler.target import Target
 
 CASTS = {"to", "_to_copy"}
-_PLAIN = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"}
 
 Argument = tuple[str, str | None, Size | None]  # parameter, its type (None: no such tensor), what is passed
 
@@ -139,14 +138,6 @@ def call_of(
         pdl=bool(constants.get("PDL")),
     )
     return Call(tuple(value for _, _, value in there), kernel, template_of(template).grid(sizes, config))
-
-
-def keeps_order(node: fx.Node) -> bool:
-    """Is this a view of the same elements in the same order?"""
-    if calls_any(node, {"select"}):
-        source, dim = node.args[0], node.args[1]
-        return bool(source.meta["val"].shape[dim] == 1)  # type: ignore[union-attr]
-    return calls_any(node, _PLAIN)
 
 
 def calls_any(node: fx.Node, names: Collection[str]) -> bool:

@@ -5,7 +5,7 @@ Names are `op_name`'s. A test holds the printer (codegen/emit.py) to exactly the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,7 +34,12 @@ REDUCTIONS = frozenset({
     "rms_norm", "layer_norm", "softmax", "_softmax", "log_softmax", "_log_softmax", "mean", "sum", "amax", "amin",
     "var", "std", "linalg_vector_norm",
 })  # fmt: skip
+# views of the same elements in the same order
+PLAIN_VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"})
 LONGEST_ROW = 16384  # elements of a reduced axis: one program holds them all
+
+LARGEST_HEAD = 256  # channels: the registers of a program hold so many for every query head
+LARGEST_GROUP = 128  # query heads of one key/value head, for the same reason
 
 _DTYPES = {
     torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
@@ -77,6 +82,46 @@ def why_not(node: fx.Node) -> str | None:
     if name not in VIEWS | SPLITS | POINTWISE | REDUCTIONS:
         return f"{name} is not among the ops that can be printed"
     return _types(node) or (_reduction(node) if name in REDUCTIONS else _arguments(node, name))
+
+
+def keeps_order(node: fx.Node) -> bool:
+    """Is this a view of the same elements in the same order?"""
+    if node.op != "call_function":  # an input may be named like an op
+        return False
+    if op_name(node) == "select":
+        return bool(node.args[0].meta["val"].shape[node.args[1]] == 1)  # type: ignore[union-attr, index]
+    return op_name(node) in PLAIN_VIEWS
+
+
+def puts_tokens_first(node: fx.Node) -> bool:
+    """Is this the view [1, N, H, D] of [1, H, N, D]?"""
+    if node.op != "call_function" or op_name(node) not in ("transpose", "permute"):
+        return False
+    given: Any = node.args[1:3] if op_name(node) == "transpose" else node.args[1]
+    axes = [d % 4 for d in given]
+    return node.meta["val"].dim() == 4 and (sorted(axes) == [1, 2] or axes == [0, 2, 1, 3])
+
+
+def attention_shape(attend: fx.Node) -> dict[str, int]:
+    """What the templates of attention are asked about: HQ, HKV, D, DV, PAGE."""
+    q, k, v = (n.meta["val"].shape for n in attend.args[:3])  # type: ignore[union-attr]
+    return {"HQ": q[1], "HKV": k[1], "D": k[3], "DV": v[3], "PAGE": k[2]}
+
+
+def why_no_attention(shape: Mapping[str, int], dtype: str) -> str | None:
+    """None if the templates of attention take this shape and dtype (a torch name), else the reason."""
+    size, group = max(shape["D"], shape["DV"]), shape["HQ"] // shape["HKV"]
+    if dtype not in ("bfloat16", "float16", "float32"):
+        return f"dtype {dtype}: scores are fp32, wanted bfloat16, float16 or float32"
+    if size > LARGEST_HEAD:
+        return f"head size {size}: at most {LARGEST_HEAD} fits the registers of a program"
+    if shape["HQ"] % shape["HKV"]:
+        return f"{shape['HQ']} query heads over {shape['HKV']} key/value heads: no whole group"
+    if group > LARGEST_GROUP:
+        return f"{group} query heads a key/value head: at most {LARGEST_GROUP} fit the registers of a program"
+    if shape["PAGE"] & (shape["PAGE"] - 1):
+        return f"pages of {shape['PAGE']} tokens: a power of two is wanted"
+    return None
 
 
 def _types(node: fx.Node) -> str | None:

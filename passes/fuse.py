@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from llmopt.compiler import knobs
-from llmopt.compiler.emittable import op_name
+from llmopt.compiler.emittable import keeps_order, op_name, puts_tokens_first
 from llmopt.compiler.graph import Graph, origin, target_name
 from llmopt.compiler.pipeline import Context, Pass, PassStats
 from llmopt.compiler.program import Program
@@ -48,6 +48,7 @@ class Fuse(Pass):
         plain_sizes(step)
         plain_casts(step)
         repeat_norms(step)
+        put_tokens_first(step)
         step.fx.eliminate_dead_code()
         kernels = partition(step, context.target)
         before = {n: n.meta.get("kernel") for n in step.fx.nodes}
@@ -110,6 +111,21 @@ def _repeated(step: Graph, first: fx.Node, last: fx.Node) -> fx.Node:
     return copy
 
 
+def put_tokens_first(step: Graph) -> None:
+    """Attention's kernels write [1, N, H, D]; who reads [1, H, N, D] reads a view of that."""
+    for attend in list(step.calls("attend")):
+        if reason_against(attend) is None and not (
+            len(attend.users) == 1 and puts_tokens_first(next(iter(attend.users)))
+        ):
+            with step.fx.inserting_after(attend):
+                turned = step.call(torch.ops.aten.transpose.int, (attend, 1, 2), attend, "fuse")
+            turned.meta["val"] = attend.meta["val"].transpose(1, 2)
+            with step.fx.inserting_after(turned):
+                back = step.call(torch.ops.aten.transpose.int, (turned, 1, 2), attend, "fuse")
+            back.meta["val"] = attend.meta["val"]
+            attend.replace_all_uses_with(back, delete_user_cb=lambda user, own=turned: user is not own)
+
+
 def number_nodes(step: Graph, kernels: Sequence[Kernel]) -> None:
     """Set `meta["kernel"]`: that of the partition, and views with what reads them, repeated where several do."""
     settled: set[fx.Node] = set()
@@ -128,10 +144,10 @@ def number_nodes(step: Graph, kernels: Sequence[Kernel]) -> None:
 
 
 def _tail(attend: fx.Node) -> list[fx.Node]:
-    """The views that bring an attention's result into the order it is wanted in."""
+    """The views that bring an attention's result into the order it is wanted in: tokens first, then in that order."""
     views: list[fx.Node] = []
     node = attend
-    while len(node.users) == 1 and is_view(node := next(iter(node.users))):
+    while len(node.users) == 1 and (keeps_order if views else puts_tokens_first)(node := next(iter(node.users))):
         views.append(node)
     return views
 

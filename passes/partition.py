@@ -19,7 +19,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from llmopt.compiler.emittable import POINTWISE, REDUCTIONS, op_name, why_not
+from llmopt.compiler.emittable import POINTWISE, REDUCTIONS, attention_shape, op_name, why_no_attention, why_not
 from llmopt.compiler.graph import Graph
 from llmopt.compiler.target import Target
 from llmopt.passes.kernel_cost import Costs
@@ -82,7 +82,7 @@ def reason_against(node: fx.Node) -> str | None:
 
 
 def _not_linear(node: fx.Node) -> str | None:
-    return None if node.args[1].op in ("get_attr", "placeholder") else "its weight is computed"  # type: ignore[union-attr]
+    return None if _is_given(node.args[1]) else "its weight is computed"  # type: ignore[arg-type]
 
 
 def _not_attend(node: fx.Node) -> str | None:
@@ -90,10 +90,16 @@ def _not_attend(node: fx.Node) -> str | None:
     users = {u for n in writes for u in n.users if u.op != "output"}
     if any(op_name(n) != "kv_write" for n in writes) or users != {node}:
         return "others read its pages too"
-    (_, q_heads, _, size), (_, heads, page, _) = (n.meta["val"].shape for n in node.args[:2])  # type: ignore[union-attr]
-    if max(size, node.meta["val"].shape[-1]) > 256 or q_heads % heads or page & (page - 1):
-        return "heads of more than 256 channels, groups of unequal size, or pages of no power of two"
-    return None
+    early = {"tables": node.args[3], "positions": node.args[5], "slots": writes[0].args[2], "sinks": node.args[6]}
+    for name, value in early.items():
+        if isinstance(value, fx.Node) and not _is_given(value):
+            return f"its {name} are computed in the step; wanted an input or a weight, as they are read ahead"
+    return why_no_attention(attention_shape(node), str(node.meta["val"].dtype).removeprefix("torch."))
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Is this there before the step starts? A kernel that starts early may then read it before its wait."""
+    return node.op in ("get_attr", "placeholder")
 
 
 def _not_write(node: fx.Node) -> str | None:
@@ -237,7 +243,8 @@ class _Partition:
             front.append(node)
             node = base(node.args[0])  # type: ignore[arg-type]
         norm = op_name(node) == "rms_norm" and self._joins(node, front) and _rows_and_width(node) == shape
-        if norm and self._pays(behind, [*front[1:], node]):
+        # a product reads the norm's weight ahead
+        if norm and (node.args[1] is None or _is_given(node.args[1])) and self._pays(behind, [*front[1:], node]):
             front.append(node)
             start = base(node.args[0])  # type: ignore[arg-type]
         else:

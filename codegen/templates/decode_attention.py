@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 
 from llmopt.codegen.templates.paged import dot, key_rows, logits, rows
+from llmopt.compiler.emittable import why_no_attention
 from llmopt.compiler.target import Target
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -258,19 +259,9 @@ def grid(shape: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int | str
 
 def supports(shape: Mapping[str, int], dtype: str, target: Target) -> str | None:
     """None if this template takes the attention, else the reason why not. `shape`: HQ, HKV, D, DV, PAGE."""
-    if dtype not in ("bfloat16", "float16", "float32"):
-        return f"dtype {dtype}: scores are fp32"
     if "triton" not in target.features:
         return "the target has no Triton"
-    if max(shape["D"], shape["DV"]) > 256:
-        return f"head size {max(shape['D'], shape['DV'])}: at most 256 fits the registers of a program"
-    if shape["HQ"] % shape["HKV"]:
-        return f"{shape['HQ']} query heads over {shape['HKV']} key/value heads: no whole group"
-    if shape["HQ"] // shape["HKV"] > 128:
-        return f"{shape['HQ'] // shape['HKV']} query heads a key/value head: at most 128 fit the registers of a program"
-    if shape["PAGE"] & (shape["PAGE"] - 1):
-        return f"pages of {shape['PAGE']} tokens: a power of two is wanted"
-    return None
+    return why_no_attention(shape, dtype)
 
 
 def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[str, Any]]:
