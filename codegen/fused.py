@@ -39,7 +39,7 @@ def region_code(graph: Graph, shape: str, target: Target) -> RegionCode:
             f"region {graph.name} for class {shape}: {error}; set LLMOPT_PROVIDER=reference to run the model by "
             "torch's own ops, and report the model"
         ) from error
-    return RegionCode(tuple(region.calls), region.outputs, tuple(region.temporaries))
+    return RegionCode(tuple(region.calls), region.outputs, tuple(region.temporaries), tuple(region.notes))
 
 
 def _rows(region: FusedRegion) -> None:

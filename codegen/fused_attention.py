@@ -68,12 +68,14 @@ def _chain(last: fx.Node, first: fx.Node) -> list[fx.Node]:
 
 
 def attention(region: FusedRegion, tokens: int) -> None:
-    """One kernel; where it cannot make q, k and v itself (they take too many tensors), kernels over rows ahead do."""
+    """One kernel; where it cannot make q, k and v itself (they take too many tensors), kernels over rows ahead do, and
+    there is a note of it."""
     (attend,) = region.graph.calls("attend")
     made = attend.args[0], attend.args[1].args[1], attend.args[2].args[1]  # type: ignore[union-attr]
     try:
         call = _kernel(region, attend, made, tokens)  # type: ignore[arg-type]
-    except EmitError:
+    except EmitError as error:
+        region.notes.append(f"q, k and v are made by kernels over rows: {error}")
         del region.temporaries[:]
         call = _kernel(region, attend, _stored_by_token(region, made), tokens)  # type: ignore[arg-type]
     region.calls.append(call)

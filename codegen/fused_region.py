@@ -36,6 +36,7 @@ class FusedRegion:
     outputs: tuple[Buffer | str, ...]
     calls: list[Call] = field(default_factory=list)
     temporaries: list[Buffer] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, graph: Graph, target: Target) -> FusedRegion:

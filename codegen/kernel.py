@@ -134,12 +134,14 @@ class Call:
 class RegionCode:
     """The code of a region for one class of shapes: calls in order, over inputs, outputs and temporaries.
 
-    An output is a Buffer, or the name of the input or temporary it is (a view of its shape).
+    An output is a Buffer, or the name of the input or temporary it is (a view of its shape). `notes` say what one
+    kernel was meant to do and does not, and why.
     """
 
     calls: tuple[Call, ...]
     outputs: tuple[Buffer | str, ...]
     temporaries: tuple[Buffer, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def kernels(self) -> tuple[Kernel, ...]:
         """The kernels called, each once."""
@@ -151,6 +153,7 @@ class RegionCode:
             "calls": [c.to_data() for c in self.calls],
             "outputs": [o if isinstance(o, str) else o.to_data() for o in self.outputs],
             "temporaries": [t.to_data() for t in self.temporaries],
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -158,7 +161,8 @@ class RegionCode:
         """Read `to_data`'s form; `kernels` by digest. Raises KeyError: a kernel is not among them."""
         calls = tuple(Call.from_data(c, kernels) for c in data["calls"])
         outputs = tuple(o if isinstance(o, str) else Buffer.from_data(o) for o in data["outputs"])
-        return cls(calls, outputs, tuple(Buffer.from_data(t) for t in data["temporaries"]))
+        temporaries = tuple(Buffer.from_data(t) for t in data["temporaries"])
+        return cls(calls, outputs, temporaries, tuple(data["notes"]))
 
 
 _BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {

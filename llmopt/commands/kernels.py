@@ -31,8 +31,9 @@ def list_kernels(model: str, recipe: str | None, target: str | None, dtype: str 
         progress("disassembling")
         counts = instruction_counts(code.cubin(k) for region in code.codes.values() for k in region.kernels())
     rows = [_row(*found, code, counts) for found in _calls(code)]
+    notes = code_notes(code)
     if as_json:
-        write_json({"target": code.target.to_dict(), "calls": rows})
+        write_json({"target": code.target.to_dict(), "calls": rows, "notes": notes})
         return
     table = Table(
         "region", "classes", "kernel", "constants", "registers", "spills", "shared", "cubin", "instructions",
@@ -45,6 +46,17 @@ def list_kernels(model: str, recipe: str | None, target: str | None, dtype: str 
         classes = " ".join(row["classes"]) + (f" ({row['when']})" if row["when"] else "")
         table.add_row(row["region"], classes, row["kernel"] or f"torch: {row['op']}", constants, *shown)
     write_table(table)
+    for note in notes:
+        print(note)
+
+
+def code_notes(code: GpuCode) -> list[str]:
+    """`gemm_2, classes 1 8: why no single kernel does it`, for each region and reason."""
+    classes: dict[tuple[str, str], list[str]] = {}
+    for (name, shape), region in code.codes.items():
+        for note in region.notes:
+            classes.setdefault((name, note), []).append(shape)
+    return [f"{name}, classes {' '.join(shapes)}: {note}" for (name, note), shapes in classes.items()]
 
 
 def instruction_counts(cubins: Iterable[Cubin]) -> dict[Cubin, int]:

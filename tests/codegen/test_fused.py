@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from fused_cases import TARGET, Step, inputs_of, lowered, reference, regions, run
@@ -47,6 +49,7 @@ def test_a_region_for_several_tokens_is_one_kernel_and_none_of_torch_s() -> None
     for name in regions(program := lowered("Qwen3")):
         for shape in ("1", "8", "64"):
             code = region_code(program.graph(name), shape, TARGET)
+            assert code.notes == ()
             assert [call.op for call in code.calls] == [None], (name, shape)
 
 
@@ -66,6 +69,8 @@ def test_a_product_too_wide_for_a_kernel_s_tensors_is_torch_s_between_kernels_ov
     graph.fx.lint()
     code = region_code(graph, "8", TARGET)
     assert [call.op for call in code.calls] == [None, "linear", None]
+    (note,) = code.notes
+    assert re.match(r"torch multiplies, between kernels over rows: .*6", note)
     check(graph, Step.decoding("8", (0, 17, 33)))
 
 
@@ -82,6 +87,8 @@ def test_q_k_and_v_made_ahead_where_they_take_too_many_tensors() -> None:
     graph.fx.erase_node(first)
     code = region_code(graph, "8", TARGET)
     assert [call.kernel.template.partition(":")[0] for call in code.calls] == ["rows", "rows", "decode_attention"]
+    (note,) = code.notes
+    assert re.match(r"q, k and v are made by kernels over rows: .*6", note)
     check(graph, Step.decoding("8", (0, 17, 33)))
 
 

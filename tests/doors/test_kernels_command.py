@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import llmopt
-from llmopt.commands.kernels import list_kernels
+from llmopt.codegen.kernel import RegionCode
+from llmopt.commands.kernels import code_notes, list_kernels
 from llmopt.commands.model import compile_to
 from llmopt.compiler.errors import InputError, TargetError
-from llmopt.runtime.gpu_code import SHAPES
+from llmopt.runtime.gpu_code import SHAPES, GpuCode
 
 PICO = str(Path(__file__).resolve().parents[2] / "examples" / "models" / "pico-llama-4m")
 
@@ -57,6 +58,12 @@ def test_an_artifact_for_a_gpu_needs_one_to_run(saved, monkeypatch):
 def test_an_artifact_takes_no_options(saved):
     with pytest.raises(InputError, match="leave out --recipe and --target"):
         list_kernels(str(saved), "default", "cuda:sm_90", None, as_json=True)
+
+
+def test_what_no_single_kernel_does_is_said_once_for_all_its_classes():
+    why = "torch multiplies: seven tensors"
+    codes = {("gemm", shape): RegionCode((), (), notes=(why,) * (shape != "many")) for shape in ("1", "8", "many")}
+    assert code_notes(GpuCode(None, None, codes)) == [f"gemm, classes 1 8: {why}"]
 
 
 def test_a_cpu_has_no_kernels():
