@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from interpreted import rounding
 from torch import Tensor
 
 from llmopt.codegen.kernel import Kernel
@@ -142,6 +143,7 @@ class Data:
         args = [self.x, *[self.g] * case.norm, *[self.residual, self.bias] * case.added, tokens, *scratch]
         for _ in range(calls):
             y = torch.full((tokens, case.J), torch.nan, dtype=case.dtype)
-            launch(grid, [self.w, y, *args])
+            with rounding():
+                launch(grid, [self.w, y, *args])
         assert not scratch or not scratch[0].any(), "tickets are not back at zero"
         return y

@@ -1,0 +1,99 @@
+"""Every template, and every config of the shipped tables: what they compute, and that every listed GPU takes them.
+
+Configs repeat over shapes, and what they compile to hardly depends on the lengths: each is taken once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from gemm_cases import Case, Data
+
+from llmopt.codegen import cubin, tuning
+from llmopt.codegen.kernel import Kernel
+from llmopt.codegen.sampling import sampling_code
+from llmopt.compiler.target import Target
+
+ISAS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A config of a table, with a shape that it is picked for."""
+
+    template: str
+    shape: dict[str, int]
+    dtype: str
+    config: dict[str, Any]
+
+    def __str__(self) -> str:
+        kind = f"{self.template} PARTS={self.shape['PARTS']} NORM={self.shape['NORM']}"
+        return " ".join([kind, *(f"{name}={value}" for name, value in sorted(self.config.items()))])
+
+    def case(self, K: int, J: int) -> Case:
+        """The product with other lengths."""
+        return Case(K, J, self.shape["PARTS"], self.shape["NORM"], dtype=getattr(torch, self.dtype))
+
+    @property
+    def span(self) -> int:
+        """Columns that all parts of K take in one step."""
+        return int(self.config["BLOCK_K"] * self.config.get("SLICES", 1) * self.config.get("SPLIT_K", 1))
+
+    def kernel(self, target: Target) -> Kernel:
+        """Of the shape itself."""
+        case = self.case(self.shape["K"], self.shape["J"])
+        return case.kernel(self.template, self.config, pdl="pdl" in target.features)
+
+
+@cache
+def tuned() -> list[Tuned]:
+    """Each template and config once for each kind of product."""
+    found: dict[str, Tuned] = {}
+    for path in sorted(tuning.TABLES.glob("*.json")):
+        for entry in tuning.table(path.stem).values():
+            one = Tuned(entry["template"], entry["shape"], entry["dtype"], entry["config"])
+            found.setdefault(f"{one} {one.dtype}", one)
+    return list(found.values())
+
+
+def test_entries_are_of_the_kernels_there_are() -> None:
+    assert tuned()
+    for path in sorted(tuning.TABLES.glob("*.json")):
+        for key, entry in tuning.table(path.stem).items():
+            assert entry["source"] == tuning.source_hash(entry["template"]), f"{key}: measure again"
+            assert entry["template"] in ("gemv", "gemm"), "a template that is not tried below"
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("one", tuned(), ids=str)
+def test_a_config_computes_the_product(one: Tuned) -> None:
+    """Two steps along K and two blocks of J, with a rest where the shape has one."""
+    rest = 8 * bool(one.shape["K"] % one.span)
+    case = one.case(2 * one.span + rest, 2 * one.config["BLOCK_J"])
+    data = Data.of(case, one.shape["N"])
+    assert data.error(data.run(one.template, one.config)) <= 1.5 * data.error(data.plain(case.dtype))
+
+
+@pytest.mark.xcompile
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_config_compiles_for_every_gpu(isa: str) -> None:
+    """Those of the H200 fit the 99 KiB that sm_89 and sm_120 have for a block; with more it would be a BuildError."""
+    target = Target.parse(f"cuda:{isa}")
+    wanted = [one.kernel(target) for one in tuned()]
+    made = cubin.compile_all(wanted, target)
+    assert made.keys() == set(wanted)
+    assert {found.pdl for found in made.values()} == {"pdl" in target.features}
+
+
+@pytest.mark.xcompile
+@pytest.mark.parametrize("isa", ISAS)
+def test_sampling_compiles_for_every_gpu(isa: str) -> None:
+    target = Target.parse(f"cuda:{isa}")
+    for vocab, dtype in ((128256, "bfloat16"), (1000, "float32")):
+        (kernel,) = sampling_code(vocab, dtype, 16, target).kernels()
+        made = cubin.compile_kernel(kernel, target)
+        assert (made.spills, made.pdl) == (0, "pdl" in target.features)
