@@ -113,14 +113,20 @@ def supports(shape: Mapping[str, int], dtype: str, target: Target) -> str | None
     """None if this template takes the attention, else the reason why not. `shape`: HQ, HKV, D, DV, PAGE."""
     if "triton" not in target.features:
         return "the target has no Triton"
-    return why_no_attention(shape, dtype)
+    why_not = why_no_attention(shape, dtype)
+    if why_not is None and not configs(shape, dtype, target):
+        size = max(shape["D"], shape["DV"])
+        return f"head size {size}: no tile of {dtype} fits {target.shared_bytes} bytes of shared memory"
+    return why_not
 
 
 def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[str, Any]]:
-    """Constants worth trying, the default first. `shape` as for `supports`."""
+    """Constants worth trying, the default first; none if nothing fits. `shape` as for `supports`."""
     wide = max(16, triton.next_power_of_2(max(shape["D"], shape["DV"])))
     if dtype == "float32":
-        tried = [(32, 32, 4, 2)]
+        # products on the plain cores, whose operands the compiler keeps in registers: more of them from sm_90 on
+        large = wide <= (64 if "pdl" in target.features else 128)
+        tried = [(32, 32, 4, 2), (16, 16, 4, 2)] if large else [(16, 16, 4, 2), (32, 16, 8, 2)]
     elif wide > 128:
         tried = [(128, 32, 8, 2), (64, 32, 4, 2)]
     elif "wgmma" in target.features:
@@ -129,7 +135,8 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
         # the queries lie in registers: less room for scores
         tried = [(64, 32, 4, 3), (128, 32, 8, 3), (64, 32, 4, 2), (128, 32, 8, 2)]
     drain = int("wgmma" in target.features and dtype != "float32")
-    room = [t for t in tried if t[3] * t[1] * wide * 4 + t[0] * wide * 2 <= target.shared_bytes] or tried[-1:]
+    size = 4 if dtype == "float32" else 2
+    room = [t for t in tried if (2 * t[3] * t[1] + t[0]) * wide * size <= target.shared_bytes]
     return [
         {"BLOCK_Q": block_q, "BLOCK_T": block_t, "DRAIN": drain, "num_warps": warps, "num_stages": stages}
         for block_q, block_t, warps, stages in room
