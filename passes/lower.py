@@ -11,6 +11,7 @@ reasons against the others are in the report.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,6 +27,7 @@ from llmopt.compiler.program import Program
 from llmopt.passes.outline import outline, outline_kernels
 from llmopt.passes.partition import reason_against
 
+_log = logging.getLogger("llmopt")
 STATE_OPS = ("kv_write",)
 
 
@@ -55,7 +57,22 @@ class Lower(Pass):
             program.graphs.update(outline_kernels(step) if fused else outline(step, names))
             calls = Counter(str(n.target) for n in step.fx.nodes if n.op == "call_module")
             stats.notes.append("regions: " + ", ".join(f"{name} x{count}" for name, count in calls.items()))
+        if not fused and context.target.kind == "cuda":
+            note = f"no GPU kernels: {_why_no_kernels(allowed, context)}; torch runs the step node by node"
+            stats.notes.append(note)
+            if context.strict and "triton" in allowed:  # else somebody meant it, or it is not a whole model
+                _log.warning("llmopt: %s", note)
         return stats
+
+
+def _why_no_kernels(allowed: tuple[str, ...], context: Context) -> str:
+    if "triton" not in allowed:
+        return f"triton is not among the providers allowed ({', '.join(allowed)})"
+    if "triton" not in context.target.facts:
+        return f"Triton is not installed for target {context.target.name}; pip install triton"
+    if "fuse" not in {item.name for item in context.recipe.passes}:
+        return "pass fuse, which makes them, is not in the recipe; add it before lower"
+    return "pass fuse found nothing that they could compute"
 
 
 def choose(node: fx.Node, allowed: tuple[str, ...], context: Context, reasons: Counter[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from llmopt.codegen import cpp  # noqa: F401 - registers the providers
 from llmopt.compiler.capture_hf import capture_model
 from llmopt.compiler.errors import ProviderError
-from llmopt.compiler.pipeline import Pipeline
+from llmopt.compiler.pipeline import Context, Pipeline
 from llmopt.compiler.program import Program
 from llmopt.compiler.recipe import Recipe
-from llmopt.passes import Canonicalize, InsertKVCache, Lower, RaiseAten
+from llmopt.compiler.target import Target
+from llmopt.passes import Canonicalize, Fuse, InsertKVCache, Lower, RaiseAten
 
 ALL = (RaiseAten(), Canonicalize(), InsertKVCache(), Lower())
 
@@ -98,3 +101,38 @@ def test_no_provider_is_an_error_that_lists_what_was_tried() -> None:
     own.recipe = Recipe("only-inductor", own.recipe.passes, providers=("inductor",))
     with pytest.raises(ProviderError, match="add 'reference'"):
         Pipeline([Lower()]).run(program, own)
+
+
+def without(feature: str = "", fuse: bool = True, providers: tuple[str, ...] = ("triton", "reference")) -> Context:
+    target, recipe = Target.parse("cuda:sm_90"), Recipe.parse("default")
+    passes = tuple(spec for spec in recipe.passes if fuse or spec.name != "fuse")
+    features = (target.features | {"triton"}) - {feature}
+    return Context(replace(target, features=features), replace(recipe, passes=passes, providers=providers), None)
+
+
+@pytest.mark.parametrize(
+    ("where", "said", "warned"),
+    [
+        (without("triton"), "Triton is not installed for target cuda:sm_90; pip install triton", True),
+        (without(fuse=False), "pass fuse, which makes them, is not in the recipe; add it before lower", True),
+        (without(providers=("reference",)), "triton is not among the providers allowed (reference)", False),
+    ],
+    ids=["no Triton", "no fuse", "not allowed"],
+)
+def test_a_gpu_without_kernels_is_said(
+    where: Context, said: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    passes = (*ALL[:-1], *([Fuse()] if "fuse" in {p.name for p in where.recipe.passes} else []), Lower())
+    pipeline = Pipeline(passes)
+    with caplog.at_level(logging.WARNING, "llmopt"):
+        pipeline.run(llama(layers=1), where)
+    line = f"no GPU kernels: {said}; torch runs the step node by node"
+    assert pipeline.reports[-1].stats.notes == [line]
+    assert caplog.messages == [f"llmopt: {line}"] * warned
+
+
+def test_kernels_there_are_and_a_cpu_are_not_worth_a_word() -> None:
+    for where in (without(), context("default")):
+        pipeline = Pipeline((*ALL[:-1], Fuse(), Lower()))
+        pipeline.run(llama(layers=1), where)
+        assert not [n for n in pipeline.reports[-1].stats.notes if "no GPU kernels" in n]
