@@ -40,7 +40,7 @@ def launcher(cubin: Callable[[Kernel], Cubin], device: torch.device | str = "cud
 
 
 class LoadedKernel:
-    """One cubin on one GPU: call it with a grid and the arguments, or `bind` them once and launch again and again."""
+    """One cubin on one GPU: call it with a grid and the arguments."""
 
     def __init__(self, cubin: Cubin, device: int) -> None:
         self.cubin, self.device = cubin, device
@@ -57,12 +57,6 @@ class LoadedKernel:
             with self._lock:  # arguments are read when the launch is made, not later
                 self._frame.fill(grid, args)
                 self._launch(self._frame)
-
-    def bind(self, grid: tuple[int, ...], args: Sequence[Argument]) -> Callable[[], None]:
-        """What launches with these arguments; it keeps no tensor alive. Grid of one to three sizes, all >= 1."""
-        frame = _Frame(self)
-        frame.fill(grid, args)
-        return functools.partial(self._launch, frame)
 
     def _launch(self, frame: _Frame) -> None:
         config = frame.config

@@ -50,19 +50,6 @@ def test_arguments_of_every_type_arrive():
     torch.testing.assert_close(y, x + 7 + 2.0**40)
 
 
-def test_bound_launches_repeat_and_do_not_disturb_others():
-    x, y = tensors()
-    launch = ready(toy(SQUARE))
-    bound = launch.bind(GRID, [x, None, y, ROWS, 0, 1.0])
-    other = torch.empty_like(y)
-    for value in (2.0, 3.0):
-        x.fill_(value)
-        launch(GRID, [torch.zeros_like(x), None, other, ROWS, 5, 1.0])
-        bound()
-        assert y.unique().tolist() == [value * value]
-        assert other.unique().tolist() == [5.0]
-
-
 def test_launches_go_to_torchs_current_stream():
     x, y = tensors()
     launch, side = ready(toy(DOUBLE)), torch.cuda.Stream()
