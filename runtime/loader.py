@@ -12,6 +12,7 @@ from llmopt.codegen.regions import CompiledRegion, build_regions, load_region
 from llmopt.compiler.errors import DeviceMemoryError
 from llmopt.compiler.program import Program
 from llmopt.runtime.executor import ShapeClass
+from llmopt.runtime.transfer import aligned
 
 
 def read_weights(
@@ -30,7 +31,7 @@ def read_weights(
     try:
         for name in names:
             have = known.get(name)
-            found[name] = have if have is not None else program.weights[name].load().to(place).contiguous()
+            found[name] = have if have is not None else _placed(program.weights[name].load(), place)
     except torch.OutOfMemoryError as error:
         whole = sum(program.weights[name].nbytes for name in names)
         done = sum(t.nbytes for t in found.values())
@@ -40,6 +41,12 @@ def read_weights(
             "compile in a smaller dtype"
         ) from error
     return found
+
+
+def _placed(weight: Tensor, place: torch.device) -> Tensor:
+    # on a CPU a weight may stay where its file is mapped; on a GPU one that was there may be a view into another
+    moved = weight.to(place)
+    return moved.contiguous() if place.type == "cpu" else aligned(moved)
 
 
 class Regions:

@@ -23,7 +23,7 @@ def inputs_on(device: torch.device, inputs: Sequence[Tensor]) -> list[Tensor]:
     """int64 tensors, contiguous on the device, each at a multiple of 16 bytes; those of the host in a single copy."""
     far = [t for t in inputs if t.device.type != device.type]
     arrived = iter(_packed(far, device) if far else ())
-    return [_aligned(t) if t.device.type == device.type else next(arrived) for t in inputs]
+    return [aligned(t) if t.device.type == device.type else next(arrived) for t in inputs]
 
 
 def _packed(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -36,6 +36,7 @@ def _packed(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return [there[s : s + n].view(t.shape) for t, s, n in zip(tensors, starts, sizes, strict=False)]
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and at a multiple of 16 bytes, as kernels rely on; a copy where it is not."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

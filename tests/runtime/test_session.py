@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from subprocess import run
 
 import pytest
@@ -78,6 +79,18 @@ def test_weights_that_do_not_fit_are_an_error_that_names_one(program, monkeypatc
     monkeypatch.setattr(torch.Tensor, "to", no_memory)
     with pytest.raises(DeviceMemoryError, match=rf"weight '{names[0]}' does not fit: the weights take \d+ bytes"):
         read_weights(program)
+
+
+def test_weights_lie_at_multiples_of_16_bytes_on_a_gpu(program, monkeypatch):
+    """As kernels take them to; one that was there already may be a view into another, or of a file that is mapped."""
+    odd = {name: torch.rand(weight.nbytes // 4 + 1)[1:].view(weight.shape) for name, weight in program.weights.items()}
+    views = {name: replace(weight, load=lambda name=name: odd[name]) for name, weight in program.weights.items()}
+    monkeypatch.setattr(program, "weights", views)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args: self)  # every device is this one
+    read = read_weights(program, device=torch.device("cuda", 0))
+    assert all(weight.data_ptr() % 16 == 0 and torch.equal(weight, odd[name]) for name, weight in read.items())
+    kept = read_weights(program, device=torch.device("cpu"))
+    assert all(weight.data_ptr() == odd[name].data_ptr() for name, weight in kept.items())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
