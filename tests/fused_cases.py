@@ -129,3 +129,24 @@ def run(
     bound = BoundRegion(code, launcher, TORCH_CALLS, frame, torch.device("cpu"), spent)
     outputs = bound(inputs)
     return {**{f"in{i}": v for i, v in enumerate(inputs)}, **{f"out{i}": v for i, v in enumerate(outputs)}}
+
+
+def check(
+    graph: Graph, step: Step, parts: int = 1, target: Target = TARGET, spent: Collection[int] = ()
+) -> dict[str, Tensor]:
+    """What `run` gives, which is, in the norm, at most half as far again from fp64 as torch, node by node in the
+    graph's own dtype.
+
+    Errors below the dtype's eps are as good as that: there the ratio is chance, as for one token of 64 values (over ten
+    draws from 0.6 to 2.3 for attention and LayerNorm, but 0.7 to 1.2 for all of them together).
+    """
+    torch.manual_seed(1)
+    inputs = inputs_of(graph, step)
+    exact, plain = reference(graph, inputs, wide=True), reference(graph, inputs, wide=False)
+    got = run(graph, inputs, step, parts, target, spent)
+    for place, wanted in exact.items():
+        assert got[place].shape == wanted.shape, (graph.name, place)
+        error, theirs = ((value[place].double() - wanted).norm() for value in (got, plain))
+        allowed = 1.5 * max(theirs, torch.finfo(plain[place].dtype).eps * wanted.norm())
+        assert error <= allowed, f"{graph.name} {place}: off by {error:.2g}, allowed {allowed:.2g}"
+    return got

@@ -6,10 +6,9 @@ import re
 
 import pytest
 import torch
-from fused_cases import TARGET, Step, inputs_of, lowered, reference, regions, run
+from fused_cases import TARGET, Step, check, lowered, regions
 
 from llmopt.codegen.fused import region_code
-from llmopt.compiler.graph import Graph
 from llmopt.compiler.target import Target
 
 pytestmark = pytest.mark.interp
@@ -90,17 +89,3 @@ def test_q_k_and_v_made_ahead_where_they_take_too_many_tensors() -> None:
     (note,) = code.notes
     assert re.match(r"q, k and v are made by kernels over rows: .*6", note)
     check(graph, Step.decoding("8", (0, 17, 33)))
-
-
-def check(graph: Graph, step: Step, parts: int = 1, target: Target = TARGET) -> None:
-    """At most four times as far from fp64 as torch is, node by node in the graph's own dtype."""
-    torch.manual_seed(0)
-    inputs = inputs_of(graph, step)
-    exact, plain = reference(graph, inputs, wide=True), reference(graph, inputs, wide=False)
-    got = run(graph, inputs, step, parts, target)
-    for place, wanted in exact.items():
-        assert got[place].shape == wanted.shape, (graph.name, place)
-        rounding = torch.finfo(plain[place].dtype).eps * wanted.abs().max()
-        allowed = 4 * (plain[place] - wanted).abs().max() + 4 * rounding
-        error = (got[place] - wanted).abs().max()
-        assert error <= allowed, f"{graph.name} {place}: off by {error:.2g}, allowed {allowed:.2g}"
