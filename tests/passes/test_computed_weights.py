@@ -16,6 +16,7 @@ from llmopt.compiler.program import ModelFacts, Program
 from llmopt.compiler.recipe import RECIPES
 from llmopt.compiler.target import Target
 from llmopt.passes import Canonicalize, Fuse, InsertKVCache, RaiseAten
+from llmopt.passes.partition import partition, reason_against
 
 TARGET = Target.parse("cuda:sm_90")
 F = nn.functional
@@ -86,3 +87,13 @@ def test_where_weights_may_change_torch_multiplies_and_it_is_said() -> None:
     (product,) = step.calls("aten.linear")
     assert [n for n in step.calls() if n.meta["kernel"] == product.meta["kernel"]] == [product]
     assert any(n.startswith("by torch: aten.linear: ") for n in notes), notes
+
+
+def test_an_aten_linear_with_a_weight_is_torch_s_too() -> None:
+    """Its name is not that of llmopt's own op, which the templates multiply."""
+    step, _ = fused(block(SPELLINGS["tanh"]))
+    product = next(step.calls("linear"))
+    assert reason_against(product) is None
+    product.target = torch.ops.aten.linear.default
+    assert reason_against(product) == "aten.linear is not among the ops that can be printed"
+    assert [k.kind for k in partition(step, TARGET) if product in k.nodes] == ["torch"]
