@@ -19,10 +19,10 @@ INSTALLED := $(VENV)/.installed-$(KEY)
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 CPU_LANE := not gpu and not multigpu and not interp and not xcompile
 
-.PHONY: help install demo test dev lint types bench clean
+.PHONY: help install demo test gpu dev lint types bench clean
 
 help:
-	@echo "make demo | test | bench | lint | dev | clean"
+	@echo "make demo | test | gpu | bench | lint | dev | clean"
 
 install: $(INSTALLED)
 
@@ -44,8 +44,12 @@ test: install
 	@for lane in interp xcompile; do \
 		grep -rqE "pytest\.mark\.$$lane\b" tests --include='*.py' || continue; \
 		[ $$lane = interp ] && flag=1 || flag=0; \
-		TRITON_INTERPRET=$$flag $(BIN)/pytest -m $$lane $(ARGS) || [ $$? -eq 5 ] || exit 1; \
+		OMP_NUM_THREADS=1 TRITON_INTERPRET=$$flag $(BIN)/pytest -n $(JOBS) -m $$lane $(ARGS) || [ $$? -eq 5 ] || exit 1; \
 	done
+
+# on the machine's own GPUs, one test after the other; tests that want more GPUs than there are are skipped
+gpu: install
+	@$(BIN)/pytest -m "gpu or multigpu" $(ARGS) || [ $$? -eq 5 ]
 
 # the form of install that editors and type checkers can follow, and the hooks; with it, python started in this
 # folder needs -P (the folder llmopt/ here would hide the installed package, whose other parts lie elsewhere)
