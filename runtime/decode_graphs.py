@@ -3,9 +3,9 @@
 A graph holds a whole step: embedding to logits, sampling, and moving the state on. A token then costs the host one
 launch of a graph, one copy of the tokens, and a small write when a sequence begins a page. As the next step needs
 nothing of the host, it is launched before the tokens of this one are waited for; what it computed is forgotten where
-a sequence turns out to have ended. Up to 8 sequences have a
-graph for each number of them, since there every row counts; beyond, rows are padded to 16, 32 or 64, whose kernels
-take the same time. On other devices the step is simply run anew, which is what tests without a GPU do.
+a sequence turns out to have ended. Up to 8 sequences have a graph for each number of them, since there every row
+counts; beyond, rows are padded to 16, 32 or 64, whose kernels take the same time. On other devices the step is simply
+run anew, which is what tests without a GPU do.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def bucket(rows: int) -> int:
 class DecodeGraphs:
     """A decoder over `state`; `parts(rows, length)` says how many parts the keys of `length` tokens are split into.
 
-    Graphs are captured when first needed; `capture` does so ahead. All share one pool of memory, as only one runs at a
-    time.
+    Graphs are captured when first needed, and kept: ahead, each would cost the same time, and the compiling of kernels
+    for numbers of rows that may never come. Who wants them ahead generates once with as many prompts. All share one
+    pool of memory, as only one runs at a time.
     """
 
     def __init__(self, run: Run, state: DecodeState, parts: Callable[[int, int], int]) -> None:
@@ -88,13 +89,6 @@ class DecodeGraphs:
     def captured(self) -> int:
         """How many graphs there are."""
         return len(self._replays)
-
-    def capture(self, lengths: Sequence[int], rows: Sequence[int] = BUCKETS) -> int:
-        """Capture every graph for these lengths and numbers of rows ahead; how many graphs there are."""
-        for count in sorted((r for r in rows if r <= self.limit), reverse=True):  # the largest make the pool
-            for length in lengths:
-                self.replay(count, length)
-        return self.captured
 
     def _record(self, rows: int, parts: int) -> Callable[[], Tensor]:
         """Capture a step. It is run once before, which loads kernels and makes the buffers that are kept."""

@@ -212,8 +212,12 @@ def test_a_wider_block_table_is_cut_to_the_context():
 
 def test_rows_run_as_they_are_up_to_8_then_padded():
     assert [bucket(n) for n in (1, 3, 8, 9, 16, 17, 33, 64)] == [1, 3, 8, 16, 16, 32, 64, 64]
+
+
+def test_a_graph_is_captured_once_for_its_rows_and_parts():
     _, decoder = handed_engine(8)
-    assert decoder.capture([1, 60]) == len([b for b in BUCKETS if b <= 8])
+    replays = {decoder.replay(rows, length) for _ in range(2) for rows in BUCKETS if rows <= 8 for length in (1, 60)}
+    assert decoder.captured == len(replays) == len([b for b in BUCKETS if b <= 8])
 
 
 def test_a_cache_that_cannot_hold_one_sequence_is_an_error():
