@@ -14,9 +14,11 @@ takes is a kernel of one node, run by torch, and is listed in the notes.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -123,7 +125,7 @@ def put_tokens_first(step: Graph) -> None:
             with step.fx.inserting_after(turned):
                 back = step.call(torch.ops.aten.transpose.int, (turned, 1, 2), attend, "fuse")
             back.meta["val"] = attend.meta["val"]
-            attend.replace_all_uses_with(back, delete_user_cb=lambda user, own=turned: user is not own)
+            attend.replace_all_uses_with(back, delete_user_cb=partial(operator.is_not, turned))
 
 
 def number_nodes(step: Graph, kernels: Sequence[Kernel]) -> None:

@@ -244,7 +244,8 @@ class _Partition:
             node = base(node.args[0])  # type: ignore[arg-type]
         norm = op_name(node) == "rms_norm" and self._joins(node, front) and _rows_and_width(node) == shape
         # a product reads the norm's weight ahead
-        if norm and (node.args[1] is None or _is_given(node.args[1])) and self._pays(behind, [*front[1:], node]):
+        given = all(_is_given(n) for n in node.args[1:2] if isinstance(n, fx.Node))
+        if norm and given and self._pays(behind, [*front[1:], node]):
             front.append(node)
             start = base(node.args[0])  # type: ignore[arg-type]
         else:
