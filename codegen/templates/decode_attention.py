@@ -36,7 +36,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from llmopt.codegen.templates.paged import dot, key_rows, logits, rows
+from llmopt.codegen.templates.paged import dot, drain, key_rows, logits, rows
 from llmopt.compiler.emittable import why_no_attention
 from llmopt.compiler.target import Target
 
@@ -44,7 +44,9 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _step(q, k, v, ok, m, mass, acc, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SWAP: tl.constexpr):
+def _step(
+    q, k, v, ok, m, mass, acc, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SWAP: tl.constexpr, DRAIN: tl.constexpr
+):  # fmt: skip
     # one tile of keys k [T, D], v [T, DV] (SWAP: [DV, T]), one key at least visible (ok [T]); m, mass [G]
     if SWAP:  # q [D, G], acc [DV, G]
         s = dot(k, q, tl.zeros([k.shape[0], q.shape[1]], tl.float32))
@@ -62,6 +64,8 @@ def _step(q, k, v, ok, m, mass, acc, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
         shrink = tl.exp2(m - top)
         mass = mass * shrink + tl.sum(p, 1)
         acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
+    if DRAIN:  # without SWAP the product reads p from registers while it runs
+        drain()
     return top, mass, acc
 
 
@@ -170,7 +174,7 @@ def decode_attention(  # noqa: C901
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr, LOAD_V: tl.constexpr,
     BLOCK_T: tl.constexpr, LEAST: tl.constexpr, SWAP: tl.constexpr, PEEL: tl.constexpr, AHEAD: tl.constexpr,
-    EARLY: tl.constexpr, WIDE: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr, WIDE: tl.constexpr, DRAIN: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [N, HQ * DV] of token n = row n of tables [., M]; grid (N, HKV, SPLITS).
 
@@ -180,7 +184,7 @@ def decode_attention(  # noqa: C901
     part's first tile is read into registers before the wait for the kernel ahead; AHEAD: the next so many tiles into
     the second-level cache. EARLY: the next kernel may start as soon as this one has, else after the last load of keys.
     WIDE: the token's own key and value are made anew for each query head, which costs loads, and spares the threads of
-    several warps an exchange.
+    several warps an exchange. DRAIN: products of a tile have ended before the next one's begin.
     """
     if PDL and EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -226,7 +230,7 @@ def decode_attention(  # noqa: C901
     if SWAP:
         q, acc = tl.trans(q), tl.trans(acc)
     if PEEL and first < last:
-        m, mass, acc = _step(q, k, v, ok, m, mass, acc, SCALE, SOFTCAP, SWAP)
+        m, mass, acc = _step(q, k, v, ok, m, mass, acc, SCALE, SOFTCAP, SWAP, DRAIN)
     for _ in range(first + PEEL * BLOCK_T, last, BLOCK_T):
         ok = t < last
         k = rows(k_pages, row, ok, D, False)
@@ -234,7 +238,7 @@ def decode_attention(  # noqa: C901
         t += BLOCK_T
         # rows of the tile after: the loads of a tile then wait for no table
         row = key_rows(table, h, t, t < last, HKV, PAGE)
-        m, mass, acc = _step(q, k, v, ok, m, mass, acc, SCALE, SOFTCAP, SWAP)
+        m, mass, acc = _step(q, k, v, ok, m, mass, acc, SCALE, SOFTCAP, SWAP, DRAIN)
     if PDL and not EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -277,9 +281,11 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
     else:
         tried = [(1, 32, 1, 3), (0, 32, 1, 3), (1, 32, 1, 4), (1, 64, 2, 3), (0, 64, 2, 3), (1, 64, 4, 3)]
         tried += [(0, 64, 4, 3), (1, 64, 1, 2), (1, 128, 4, 2), (0, 128, 4, 2)]
+    # from 64 rows of queries on, their product with the values is a wgmma with its left operand in registers
+    drained = heads > 32 and "wgmma" in target.features and dtype != "float32"
     plain = [
         {"SWAP": swap, "BLOCK_T": block, "LEAST": max(1, 64 // block), "PEEL": 0, "AHEAD": 0, "EARLY": 0,
-         "WIDE": int(warps > 1 and heads <= 16),
+         "WIDE": int(warps > 1 and heads <= 16), "DRAIN": int(drained and not swap),
          "BLOCK_S": max(1, min(16, 2048 * (1 + swap) * warps // (heads * wide))), "num_warps": warps,
          "num_stages": stages}
         for swap, block, warps, stages in tried

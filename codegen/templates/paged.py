@@ -51,3 +51,12 @@ def dot(a, b, acc):
     if a.dtype == tl.float32:
         return tl.dot(a, b, acc, input_precision="ieee")
     return tl.dot(a, b, acc)
+
+
+@triton.jit
+def drain():
+    """Wait until every wgmma that was started has ended (sm_90 alone has them). One that reads its left operand from
+    registers needs it: the compiler uses them again too early.
+    """
+    wait: tl.constexpr = "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;"
+    tl.inline_asm_elementwise(wait, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)

@@ -13,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from llmopt.codegen.templates.paged import dot, key_rows, logits, rows
+from llmopt.codegen.templates.paged import dot, drain, key_rows, logits, rows
 from llmopt.compiler.emittable import why_no_attention
 from llmopt.compiler.target import Target
 
@@ -45,10 +45,8 @@ def _walk(
         shrink = tl.exp2(m - known)
         mass = mass * shrink + tl.sum(p, 1)
         acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
-        if DRAIN:
-            # the product reads p from registers while it runs; the compiler would use them again too early
-            wait: tl.constexpr = "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;"
-            tl.inline_asm_elementwise(wait, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
+        if DRAIN:  # the product reads p from registers while it runs
+            drain()
         m = top
     return m, mass, acc
 

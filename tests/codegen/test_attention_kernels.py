@@ -36,7 +36,7 @@ def decoded(case: Case, splits: int, swap: int = 0, peel: int = 0, ahead: int = 
         q, cos, sin, k, v, torch.tensor([hq, hkv, d, dv]), n, cache.tables.shape[1], splits,
         HQ=hq, HKV=hkv, D=d, DV=dv, PAGE=case.page, SCALE=case.scale, WINDOW=case.window, SOFTCAP=case.softcap,
         LOAD_Q=hooks[0], LOAD_K=hooks[1], LOAD_V=cases.plain_v, BLOCK_T=16, LEAST=1 + ahead % 2, SWAP=swap, PEEL=peel,
-        AHEAD=ahead, EARLY=0, WIDE=ahead % 2, BLOCK_S=2, PDL=False,
+        AHEAD=ahead, EARLY=0, WIDE=ahead % 2, DRAIN=0, BLOCK_S=2, PDL=False,
     )  # fmt: skip
     tolerance = {torch.float32: 3e-6, torch.float16: 2e-3}[case.dtype]
     assert (out.view(n, hq, dv).double() - want).abs().max() <= tolerance * want.abs().max()

@@ -189,6 +189,33 @@ def test_a_product_from_registers_has_ended_before_they_are_used_again(tmp_path:
     assert waits[0] > waits[1]
 
 
+def overwritten(code: str) -> list[str]:
+    """What comes, before a wait, behind a wgmma that reads its left operand from registers: the loop's next turn, and
+    writes to those registers."""
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", code)
+    found, held = [], set()
+    for text in lines:
+        if left := re.search(r"HGMMA\S* R\d+, R(\d+), gdesc", text):
+            held |= {f"R{int(left[1]) + i}" for i in range(4)}
+        elif re.match(r"WARPGROUP\.DEPBAR\S* gsb0, 0x0", text):
+            held = set()
+        elif held and (text.startswith("BRA") or held & set(re.findall(r"^\S+ (R\d+)", text))):
+            found.append(text)
+    return found
+
+
+@pytest.mark.parametrize(("group", "size"), [(33, 128), (71, 64), (128, 64)])
+def test_many_heads_a_key_wait_for_products_from_registers(group: int, size: int, tmp_path: Path) -> None:
+    target, shape = Target.parse("cuda:sm_90"), {"HQ": group, "HKV": 1, "D": size, "DV": size, "PAGE": 16}
+    config = decode.configs(shape, "bfloat16", target)[0]
+    drained, plain = (
+        cubin.compile_kernel(decoding(target, shape, {**config, "DRAIN": drain}, "bfloat16"), target)
+        for drain in (config["DRAIN"], 0)
+    )
+    assert overwritten(machine_code(plain, tmp_path))
+    assert not overwritten(machine_code(drained, tmp_path))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [({"D": 512}, "head size 512"), ({"PAGE": 24}, "power of two"), ({"HQ": 20}, "no whole group")],
