@@ -38,13 +38,15 @@ $(BIN)/python:
 demo: install
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-# the lanes `interp` and `xcompile` need a process of their own; 5 is pytest's "no tests collected"
+# the lanes `interp` and `xcompile` need processes of their own (tests of one file share models, so a file stays whole);
+# 5 is pytest's "no tests collected"
 test: install
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "$(CPU_LANE)" $(ARGS)
 	@for lane in interp xcompile; do \
 		grep -rqE "pytest\.mark\.$$lane\b" tests --include='*.py' || continue; \
 		[ $$lane = interp ] && flag=1 || flag=0; \
-		OMP_NUM_THREADS=1 TRITON_INTERPRET=$$flag $(BIN)/pytest -n $(JOBS) -m $$lane $(ARGS) || [ $$? -eq 5 ] || exit 1; \
+		OMP_NUM_THREADS=1 TRITON_INTERPRET=$$flag $(BIN)/pytest -n $(JOBS) --dist loadfile -m $$lane \
+			$(ARGS) || [ $$? -eq 5 ] || exit 1; \
 	done
 
 # on the machine's own GPUs, one test after the other; tests that want more GPUs than there are are skipped
