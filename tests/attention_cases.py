@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmopt.codegen import tuning
 from llmopt.compiler.ops.attention import attend, kv_write
+
+
+def attention_entries() -> list[dict[str, Any]]:
+    """Entries of the shipped tables for decoding, each shape and config once; whatever the number of tokens."""
+    entries = [e for p in sorted(tuning.TABLES.glob("*.json")) for e in tuning.table(p.stem).values()]
+    found = {
+        str(({**e["shape"], "N": 0}, e["config"])): dict(e) for e in entries if e["template"] == "decode_attention"
+    }
+    return list(found.values())
 
 
 @triton.jit

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import attention_cases as cases
 import pytest
 import torch
-from attention_cases import Cache, Case
+from attention_cases import Cache, Case, attention_entries
 from torch import Tensor
 
 from llmopt.codegen.templates import decode_attention as decode
@@ -15,7 +18,13 @@ from llmopt.runtime.attend import StepLayout
 pytestmark = pytest.mark.interp
 
 
-def decoded(case: Case, splits: int, swap: int = 0, peel: int = 0, ahead: int = 0) -> None:
+def decoded(
+    case: Case, splits: int, swap: int = 0, peel: int = 0, ahead: int = 0, config: Mapping[str, Any] | None = None
+) -> None:
+    used = {
+        "BLOCK_T": 16, "LEAST": 1 + ahead % 2, "SWAP": swap, "PEEL": peel, "AHEAD": ahead, "EARLY": 0,
+        "WIDE": ahead % 2, "DRAIN": 0, "BLOCK_S": 2, **(config or {}),
+    }  # fmt: skip
     make = torch.Generator().manual_seed(7)
     cache = Cache.of(case, 1, seed=3)
     (hq, hkv), (d, dv), n = case.heads, case.dims, len(case.lengths)
@@ -35,8 +44,7 @@ def decoded(case: Case, splits: int, swap: int = 0, peel: int = 0, ahead: int = 
         cache.k, cache.v, cache.tables, at, cache.slots(rows, at), sinks, out, partial, lse, tickets,
         q, cos, sin, k, v, torch.tensor([hq, hkv, d, dv]), n, cache.tables.shape[1], splits,
         HQ=hq, HKV=hkv, D=d, DV=dv, PAGE=case.page, SCALE=case.scale, WINDOW=case.window, SOFTCAP=case.softcap,
-        LOAD_Q=hooks[0], LOAD_K=hooks[1], LOAD_V=cases.plain_v, BLOCK_T=16, LEAST=1 + ahead % 2, SWAP=swap, PEEL=peel,
-        AHEAD=ahead, EARLY=0, WIDE=ahead % 2, DRAIN=0, BLOCK_S=2, PDL=False,
+        LOAD_Q=hooks[0], LOAD_K=hooks[1], LOAD_V=cases.plain_v, PDL=False, **used,
     )  # fmt: skip
     tolerance = {torch.float32: 3e-6, torch.float16: 2e-3}[case.dtype]
     assert (out.view(n, hq, dv).double() - want).abs().max() <= tolerance * want.abs().max()
@@ -78,6 +86,15 @@ def test_ragged_lengths_and_splits(splits: int, swap: int, peel: int) -> None:
 )
 def test_features(case: Case, swap: int) -> None:
     decoded(case, 3, swap, peel=swap)
+
+
+@pytest.mark.parametrize("entry", attention_entries(), ids=lambda e: f"{e['shape']} {e['config']}")
+def test_configs_of_the_tables(entry: Mapping[str, Any]) -> None:
+    shape, config = entry["shape"], entry["config"]
+    heads, dims = (shape["HQ"], shape["HKV"]), (shape["D"], shape["DV"])
+    tile = config["BLOCK_T"]
+    case = Case((0, tile - 1, 3 * tile * config["LEAST"] + 1), heads, dims, shape["PAGE"], dtype=torch.float16)
+    decoded(case, 3, config=config)
 
 
 def prefilled(case: Case, counts: tuple[int, ...], block_q: int = 16, block_t: int = 16) -> None:

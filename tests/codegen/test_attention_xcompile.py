@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attention_cases import attention_entries
 
 from llmopt.codegen import cubin
 from llmopt.codegen.kernel import Kernel
@@ -80,6 +81,15 @@ def machine_code(made: cubin.Cubin, tmp_path: Path) -> str:
     (tmp_path / "it.cubin").write_bytes(made.data)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     return subprocess.run([tool, "-c", tmp_path / "it.cubin"], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_configs_of_the_tables_compile_for_every_gpu(isa: str) -> None:
+    target = Target.parse(f"cuda:{isa}")
+    for entry in attention_entries():
+        shape = {name: size for name, size in entry["shape"].items() if name != "N"}
+        made = cubin.compile_kernel(decoding(target, shape, entry["config"], entry["dtype"]), target)
+        assert made.spills == 0, entry
 
 
 @pytest.mark.parametrize("isa", ISAS)
