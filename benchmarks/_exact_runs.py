@@ -42,7 +42,7 @@ def opened(model: PreTrainedModel, device: str, recipe: str = "default") -> Sess
 def compile_few(code: GpuCode) -> None:
     """Compile at once what batches of up to 8 need, by as many processes as torch has threads: the cores are shared
     with other models' checks."""
-    from llmopt.codegen.cubin import compile_all
+    from llmopt.codegen.cubin_parallel import compile_all
 
     kernels = dict.fromkeys(k for key in code.keys((MANY, "1", "8")) for k in code.code(*key).kernels())
     made = compile_all(kernels, code.target, max(2, torch.get_num_threads()))

@@ -57,12 +57,14 @@ def record(artifact: Path, model: str, new_tokens: int) -> Figures:
 def without_compilers() -> None:
     """From here on Triton cannot be imported and no kernel compiled."""
     sys.modules["triton"] = None  # type: ignore[assignment]
-    from llmopt.codegen import cubin
+    from llmopt.codegen import cubin, cubin_parallel
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a kernel was to be compiled: the artifact lacks it")
 
-    cubin.compile_all = cubin.compile_kernel = refuse  # type: ignore[assignment]
+    for module in (cubin, cubin_parallel):
+        module.compile_kernel = refuse  # type: ignore[assignment]
+    cubin_parallel.compile_all = refuse  # type: ignore[assignment]
 
 
 def check(artifact: Path, expected: Figures) -> tuple[Figures, list[str]]:

@@ -98,7 +98,8 @@ class Group:
 
 def compiled(groups: Sequence[Group], clock: Clocked, seconds: float) -> dict[str, Any]:
     """Compile what the groups want, most wanted first, for so many seconds; what there is then is tried."""
-    from llmopt.codegen.cubin import compile_all, describe
+    from llmopt.codegen.cubin import describe
+    from llmopt.codegen.cubin_parallel import compile_all
 
     target = groups[0].subject.target
     ranks = itertools.zip_longest(*(g.wanted() for g in groups), fillvalue=[])

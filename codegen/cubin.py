@@ -13,24 +13,21 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmopt.codegen import cubin_worker, hooks
+from llmopt.codegen import hooks
 from llmopt.codegen.kernel import Kernel
 from llmopt.compiler import knobs
 from llmopt.compiler.errors import BuildError
 from llmopt.compiler.target import Target
 
 VERSION = 1
-_FEW = 2  # kernels that are compiled sooner than a process starts
-_MOST_WORKERS = 16  # each takes 0.5 GB
 _ONE_AT_A_TIME = threading.Lock()  # Triton's settings and sys.stdout are the process's
 # Triton's settings by part that change code and that its own list of environment variables lacks
 _SETTINGS = {
@@ -140,39 +137,6 @@ def compile_kernel(kernel: Kernel, target: Target) -> Cubin:
                 cubin = _compile(kernel, architecture(target))
                 hooks.write_new(path, _encoded(cubin))
     return _fitting(cubin, kernel, target)
-
-
-def compile_all(
-    kernels: Iterable[Kernel],
-    target: Target,
-    jobs: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[Kernel, Cubin]:
-    """The cubins of all kernels, in order; more than a few that the cache lacks are compiled by `jobs` processes.
-
-    `jobs` is one a core by default. `progress` is told how many are there, of how many. Raises BuildError of the first
-    that fails.
-    """
-    wanted = list(dict.fromkeys(kernels))
-    found = {kernel: cubin for kernel in wanted if (cubin := cached(kernel, target)) is not None}
-    missing = [kernel for kernel in wanted if kernel not in found]
-    workers = min(jobs or _cores(), _MOST_WORKERS, len(missing))
-    count = len(found)
-
-    def one_more() -> None:
-        nonlocal count
-        count += 1
-        progress(count, len(wanted))
-
-    progress(count, len(wanted))
-    if workers > 1 and len(missing) > _FEW:
-        cubin_worker.fill_cache(missing, target, workers, one_more)
-        found.update((kernel, compile_kernel(kernel, target)) for kernel in missing)
-    else:
-        for kernel in missing:
-            found[kernel] = compile_kernel(kernel, target)
-            one_more()
-    return {kernel: found[kernel] for kernel in wanted}
 
 
 def _fitting(cubin: Cubin, kernel: Kernel, target: Target) -> Cubin:
@@ -304,8 +268,3 @@ def _first_line(error: Exception) -> str:
         return said[0][:300]
     # Triton quotes the source with a mark below it, and says what is wrong last
     return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"[:300]
-
-
-def _cores() -> int:
-    # a container's share may be smaller than the machine
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -88,7 +88,7 @@ class GpuCode:
         """Compile those of the kernels that are not, in parallel."""
         missing = {k.digest(): k for k in kernels if k.digest() not in self.cubins}
         if missing:
-            from llmopt.codegen.cubin import compile_all
+            from llmopt.codegen.cubin_parallel import compile_all
 
             made = compile_all(missing.values(), self.target)
             self.cubins.update((kernel.digest(), cubin) for kernel, cubin in made.items())

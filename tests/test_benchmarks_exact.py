@@ -130,7 +130,8 @@ def test_an_artifact_must_make_the_tokens_that_were_recorded(bench, tmp_path: Pa
     command = [str(artifact), "--expect", str(expect)]
     assert bench.artifact.main([*command, "--record", str(pico), "--new-tokens", "6"]) == 0
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr("llmopt.codegen.cubin.compile_all", None)
+    monkeypatch.setattr("llmopt.codegen.cubin_parallel.compile_all", None)
+    monkeypatch.setattr("llmopt.codegen.cubin_parallel.compile_kernel", None)
     monkeypatch.setattr("llmopt.codegen.cubin.compile_kernel", None)
     assert bench.artifact.main([*command, "--out", str(out)]) == 0
     result = json.loads(out.read_text())["artifact"]

@@ -241,7 +241,7 @@ def test_codes_change_only_the_kernels_of_a_key(tune: SimpleNamespace) -> None:
 def test_kernels_that_do_not_compile_or_are_late_are_not_tried(
     tune: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmopt.codegen import cubin
+    from llmopt.codegen import cubin, cubin_parallel
 
     subject = tune.steps.Subject("tiny-qwen3", "compile", torch.bfloat16, 1)
     groups = [tune.script.Group(subject, 1, [16, 32], 3, {})]
@@ -257,7 +257,7 @@ def test_kernels_that_do_not_compile_or_are_late_are_not_tried(
             there.add(kernel)
             progress(done, len(kernels))
 
-    monkeypatch.setattr(cubin, "compile_all", compile_all)
+    monkeypatch.setattr(cubin_parallel, "compile_all", compile_all)
     monkeypatch.setattr(cubin, "cached", lambda kernel, target: kernel in there or None)
     clock = tune.script.Clocked(0.0, 1e9)
     found = tune.script.compiled(groups, clock, 1e9)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from toy_kernels import FOLDER, toy, toys
 
-from llmopt.codegen import cubin, cubin_worker, hooks
-from llmopt.codegen.cubin import compile_all, compile_kernel
+from llmopt.codegen import cubin, cubin_parallel, hooks
+from llmopt.codegen.cubin import compile_kernel
+from llmopt.codegen.cubin_parallel import compile_all
 from llmopt.codegen.kernel import Kernel
 from llmopt.codegen.sampling import sampling_code
 from llmopt.compiler import knobs
@@ -85,15 +86,15 @@ def test_many_are_compiled_by_workers_and_found_again(monkeypatch):
     assert made[samplers()[0]] == first
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     monkeypatch.setattr(cubin, "_compile", None)
-    monkeypatch.setattr(cubin_worker, "_start", None)
+    monkeypatch.setattr(cubin_parallel, "_start", None)
     assert compile_all(samplers(), target()) == made
 
 
 @pytest.mark.xcompile
 def test_workers_are_used_for_more_than_a_few(monkeypatch):
     used = []
-    monkeypatch.setattr(cubin, "compile_kernel", lambda kernel, target: kernel)
-    monkeypatch.setattr(cubin_worker, "fill_cache", lambda kernels, target, workers, done: used.append(workers))
+    monkeypatch.setattr(cubin_parallel, "compile_kernel", lambda kernel, target: kernel)
+    monkeypatch.setattr(cubin_parallel, "fill_cache", lambda kernels, target, workers, done: used.append(workers))
     compile_all(samplers()[:2], target(), jobs=8)
     assert used == []
     compile_all(samplers(), target(), jobs=8)
@@ -115,7 +116,7 @@ def test_a_worker_that_dies_is_reported_with_its_last_line(monkeypatch):
         subprocess, "Popen", lambda args, **options: start([sys.executable, "-S", "-c", line], **options)
     )
     with pytest.raises(BuildError, match=r"for cuda:sm_90 ended early \(MemoryError: out of memory\)"):
-        cubin_worker.fill_cache(samplers(), target(), 2, lambda: None)
+        cubin_parallel.fill_cache(samplers(), target(), 2, lambda: None)
 
 
 def test_the_key_is_of_the_kernel_the_template_the_gpu_and_triton(tmp_path, monkeypatch):

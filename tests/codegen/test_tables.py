@@ -13,7 +13,7 @@ import pytest
 import torch
 from gemm_cases import Case, Data
 
-from llmopt.codegen import cubin, tuning
+from llmopt.codegen import cubin, cubin_parallel, tuning
 from llmopt.codegen.kernel import Kernel
 from llmopt.codegen.sampling import sampling_code
 from llmopt.compiler.target import Target
@@ -88,7 +88,7 @@ def test_a_config_compiles_for_every_gpu(isa: str) -> None:
     """Those of the H200 fit the 99 KiB that sm_89 and sm_120 have for a block; with more it would be a BuildError."""
     target = Target.parse(f"cuda:{isa}")
     wanted = [one.kernel(target) for one in tuned()]
-    made = cubin.compile_all(wanted, target)
+    made = cubin_parallel.compile_all(wanted, target)
     assert made.keys() == set(wanted)
     assert {found.pdl for found in made.values()} == {"pdl" in target.features}
 

@@ -27,9 +27,9 @@ def saved(tmp_path_factory):
 
 @pytest.mark.xcompile
 def test_an_artifacts_kernels_are_listed_without_compiling(saved, capsys, monkeypatch):
-    from llmopt.codegen import cubin
+    from llmopt.codegen import cubin_parallel
 
-    monkeypatch.setattr(cubin, "compile_all", None)
+    monkeypatch.setattr(cubin_parallel, "compile_all", None)
     list_kernels(str(saved), None, None, None, as_json=True)
     calls = json.loads(capsys.readouterr().out)["calls"]
     kernels = [c for c in calls if c["kernel"]]

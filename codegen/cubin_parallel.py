@@ -14,11 +14,48 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from llmopt.codegen.cubin import Cubin, cached, compile_kernel
 from llmopt.codegen.kernel import Kernel
 from llmopt.compiler.errors import BuildError, LlmoptError
 from llmopt.compiler.target import Target
+
+_FEW = 2  # kernels that are compiled sooner than a process starts
+_MOST_WORKERS = 16  # each takes 0.5 GB
+
+
+def compile_all(
+    kernels: Iterable[Kernel],
+    target: Target,
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[Kernel, Cubin]:
+    """The cubins of all kernels, in order; more than a few that the cache lacks are compiled by `jobs` processes.
+
+    `jobs` is one a core by default. `progress` is told how many are there, of how many. Raises BuildError of the first
+    that fails.
+    """
+    wanted = list(dict.fromkeys(kernels))
+    found = {kernel: cubin for kernel in wanted if (cubin := cached(kernel, target)) is not None}
+    missing = [kernel for kernel in wanted if kernel not in found]
+    workers = min(jobs or _cores(), _MOST_WORKERS, len(missing))
+    count = len(found)
+
+    def one_more() -> None:
+        nonlocal count
+        count += 1
+        progress(count, len(wanted))
+
+    progress(count, len(wanted))
+    if workers > 1 and len(missing) > _FEW:
+        fill_cache(missing, target, workers, one_more)
+        found.update((kernel, compile_kernel(kernel, target)) for kernel in missing)
+    else:
+        for kernel in missing:
+            found[kernel] = compile_kernel(kernel, target)
+            one_more()
+    return {kernel: found[kernel] for kernel in wanted}
 
 
 def fill_cache(kernels: Sequence[Kernel], target: Target, workers: int, done: Callable[[], None]) -> None:
@@ -84,7 +121,7 @@ def _converse(
 def _start(errors: int) -> subprocess.Popen[str]:
     places = os.pathsep.join(p for p in sys.path if p)
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "llmopt.codegen.cubin_worker"],
+        [sys.executable, "-P", "-m", "llmopt.codegen.cubin_parallel"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
@@ -95,8 +132,6 @@ def _start(errors: int) -> subprocess.Popen[str]:
 
 def work() -> None:
     """Read a target and kernels from stdin, and answer each kernel."""
-    from llmopt.codegen.cubin import compile_kernel  # which imports this module
-
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what a compiler prints is no answer
         target = Target.from_json(sys.stdin.readline())
@@ -107,6 +142,11 @@ def work() -> None:
             except LlmoptError as error:
                 answer = str(error)
             print(json.dumps(answer), file=answers, flush=True)
+
+
+def _cores() -> int:
+    # a container's share may be smaller than the machine
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":
