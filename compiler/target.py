@@ -160,11 +160,10 @@ class Target:
     def from_dict(cls, data: Any) -> Target:
         """Read `to_dict`'s form. Raises TargetError."""
         known = {"version", "kind", "isa", "cores", "features", *_SIZES}
+        version = data.get("version", VERSION) if isinstance(data, dict) else VERSION
+        if version != VERSION:  # whose keys may be others
+            raise TargetError(f"target: version {version!r}, this llmopt reads {VERSION}: compile the model again")
         data = plain.mapping(data, "target", TargetError, known, wanted=known)
-        if data["version"] != VERSION:
-            raise TargetError(
-                f"target: version {data['version']!r}, this llmopt reads {VERSION}: compile the model again"
-            )
         kind, isa = (plain.text(data[key], f"target: {key}", TargetError) for key in ("kind", "isa"))
         features = plain.items(data["features"], "target: features", TargetError)
         names = (plain.text(name, "target: features", TargetError) for name in features)

@@ -39,7 +39,7 @@ from llmopt.runtime.serialize import graph_from_data, graph_to_data
 from llmopt.runtime.tensors import encoded, read_shards, shards, stored_names
 from llmopt.runtime.tokenizer import TOKENIZER_FILES, load_tokenizer
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 _AGAIN = "save the artifact again"
 _MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
@@ -187,10 +187,10 @@ def _manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != "llmopt":
         raise ArtifactError(f"{place}: not the manifest of an llmopt artifact; wanted a folder that `save` wrote")
     version = manifest.get("version")
-    if type(version) is not int or not 1 <= version <= VERSION:
+    if version != VERSION:
         raise ArtifactError(
             f"{place}: artifact format {version!r}, written by llmopt {manifest.get('llmopt')}, and this llmopt "
-            f"reads up to {VERSION}; upgrade llmopt, or save the artifact again with this one"
+            f"reads {VERSION}; compile the model again with this llmopt, or use the one that wrote it"
         )
     if manifest.pop("sha256", None) != _digest(manifest):
         raise ArtifactError(f"{place}: it was edited or damaged (its own sha256 does not match); {_AGAIN}")

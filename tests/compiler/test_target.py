@@ -89,6 +89,11 @@ def test_bad_data(edit: dict, said: str):
     assert "\n" not in str(caught.value)
 
 
+def test_an_older_form_is_told_from_a_damaged_one():
+    with pytest.raises(TargetError, match="version 1, this llmopt reads 2: compile the model again"):
+        Target.from_dict({"version": 1, "kind": "cpu", "isa": "avx2", "cores": 2, "features": []})
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
 def test_what_is_no_target(text: str):
     with pytest.raises(TargetError):
