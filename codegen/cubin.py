@@ -193,9 +193,14 @@ def _compile(kernel: Kernel, sm: int) -> Cubin:
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
     said = io.StringIO()
     try:
+        toolkit = get_ptxas(sm).version
+    except RuntimeError as error:
+        raise BuildError(
+            f"{where}: Triton has no assembler ({error}); reinstall triton, or name one in TRITON_PTXAS_PATH"
+        ) from error
+    try:
         with _apart(said):
             made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-            toolkit = get_ptxas(sm).version
     except Exception as error:  # Triton and MLIR raise whatever they raise
         raise BuildError(f"{where}: {_first_line(error)}") from error
     meta = made.metadata

@@ -85,7 +85,8 @@ def test_a_triton_without_its_assembler_is_said(monkeypatch):
         raise RuntimeError("Cannot find ptxas")
 
     monkeypatch.setattr("triton.backends.nvidia.compiler.get_ptxas", absent)
-    assert refusal(toy()).endswith("for sm_90: RuntimeError: Cannot find ptxas")
+    text = "for sm_90: Triton has no assembler (Cannot find ptxas); reinstall triton, or name one in TRITON_PTXAS_PATH"
+    assert refusal(toy()).endswith(text)
 
 
 def test_triton_keeps_nothing_of_its_own(fresh_cache, monkeypatch):
