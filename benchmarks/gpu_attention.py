@@ -26,6 +26,7 @@ from _attention_cases import LLAMA, MODELS, Decode, Prefill
 from _attention_chain import BUCKETS, PAGE, cost, name_of, to_compile
 from _attention_turns import times
 from _gemm_cases import H200, compile_all
+from _gpu_cases import default_out
 from _gpu_timing import Denominators
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -141,8 +142,8 @@ def attempt(make: Callable[[], Callable[[], object]]) -> Callable[[], object] | 
 def decode_row(
     batch: int, context: int, page: int, configs: list[dict[str, Any]], target: Target, peers: bool
 ) -> dict[str, Any]:
-    """Every tile at three numbers of parts, in a graph of four launches, and every way to begin of the best two; peers
-    in turns with the best."""
+    """Every tile at three numbers of parts, in a graph of four launches, and every way to begin of the best two; then
+    in turns `ours`, which is what the runtime launches, the `best` of those, and peers."""
     torch.compiler.reset()  # compiled forms of the last case go
     torch.cuda.empty_cache()
     case, base = Decode(LLAMA, batch, context, page), splits_for(batch, LLAMA.HKV, context, target)
@@ -163,14 +164,20 @@ def decode_row(
     time_all([c for tile in list(tiles.values())[:2] for c in decode.starts(tile)[1:]], [base])
     best = attend(*min(tried.values(), key=lambda row: row[0])[1:])
     best()
+    shape = {**LLAMA.shape, "PAGE": page, "N": bucket_of(batch)}
+    shipped = tuning.pick("decode_attention", shape, "bfloat16", target)
+    ours = attend(shipped, base)
+    ours()
     sizes = (page, 128) if peers else (page,)
     made = {f"flex{p}": attempt(lambda p=p: flex_paged(batch, context, p)) for p in sizes}
     if peers:
         made["sdpa"] = attempt(lambda: sdpa(batch, context))
     runs = {n: (lambda run=run: [run() for _ in range(4)]) for n, run in made.items() if not isinstance(run, str)}
-    us = times({"ours": best, **runs}, 4, 12)
+    us = times({"ours": ours, "best": best, **runs}, 4, 12)
+    case.launch(shipped, base)
     return {
         "batch": batch, "context": context, "page": page, "error": case.error(2), "us": us,
+        "shipped": f"{name_of(shipped)} x{base}",
         "tried": {name: row[0] for name, row in tried.items()},
         "bytes_per_s": {n: case.bytes / t * 1e6 for n, t in us.items()},
         "failed": {n: run for n, run in made.items() if isinstance(run, str)},
@@ -293,14 +300,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of latency")
     made.add_argument("--tiles", type=int, help="the first so many tiles of the configurations")
     made.add_argument("--pages", type=int, nargs="+", default=[16, 64], help="of decode")
-    made.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "gpu_attention.json")
+    made.add_argument("--out", type=Path, help="result file")
     made.add_argument("--accept", type=Path, help="measure nothing: put this file's results into the shipped table")
     return made
 
 
 def run(options: argparse.Namespace) -> None:
     """All parts; the file is rewritten after each."""
-    began = time.perf_counter()
+    began, out = time.perf_counter(), options.out or default_out("attention", "cuda")
     wanted = to_compile(options.models, PAGE, H200, options.tiles) if "latency" in options.only else []
     if GATED & set(options.only):
         for page in {*CHECKED, *options.pages}:
@@ -335,7 +342,8 @@ def run(options: argparse.Namespace) -> None:
         result[step] = steps[step]()
         result["wall_s"] = time.perf_counter() - began
         print(f"{step} done at {result['wall_s']:.0f} s", flush=True)
-        write_json(options.out, result)
+        if out:
+            write_json(out, result)
     show(result)
 
 
