@@ -133,7 +133,7 @@ def test_without_cuda_bindings_it_says_what_to_install(monkeypatch):
     ("dtype", "changes", "reason"),
     [
         (torch.float64, {}, "attend not by triton: float64"),
-        (torch.float32, {"head_dim": 300}, "attend not by triton: heads of more than 256 channels"),
+        (torch.float32, {"head_dim": 300}, "attend not by triton: head size 300: at most 256"),
     ],
     ids=["float64", "wide heads"],
 )
