@@ -158,9 +158,10 @@ def gpu_decode(figures: dict[str, Any]) -> str:
     lines = [
         f"A decoding step on one {machine(cases[-1])}, {names(cases, 'dtype')}, token in to token out. Peers share "
         "weights (random) and process, run in turns, and pass one numerics gate: logits no farther from fp64 than 1.5 "
-        "times transformers' eager ones. *Inductor* is the best of a plain module with fused matrices under "
-        "`torch.compile`, CUDA graphs, max-autotune; *transformers* is its StaticCache with the same. The share is of "
-        "the read bandwidth measured in the same minutes that weights and cache read take up.",
+        "times transformers' eager ones. *Inductor* is the fastest of a plain module with fused matrices under "
+        f"`torch.compile` with CUDA graphs ({modes(cases, 'plain-')}), *transformers* of its StaticCache "
+        f"({modes(cases, 'hf-r hf-m')}). The share is of the read bandwidth measured in the same minutes that weights "
+        "and cache read take up.",
         "",
         "| model | batch | context | **llmopt** | Inductor | transformers | eager | of read bandwidth | kernels |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -237,16 +238,18 @@ def gpu_attention(figures: dict[str, Any]) -> str:
 def gpu_exactness(figures: dict[str, Any]) -> str:
     """What was equal, and the largest ratio of errors."""
     models = figures["models"]
-    ways = [way for m in models.values() for way in m["float32"]["ways"].values()]
+    ways = [w for m in models.values() for name, w in m["float32"]["ways"].items() if name in ON_GPU]
     equal, total = (sum(way[key] for way in ways) for key in ("equal", "of"))
-    halves = [e["ratio"] for m in models.values() for d in ("bfloat16", "float16") for e in m[d]["errors"].values()]
+    halves = [e for m in models.values() for d in ("bfloat16", "float16") for e in m[d]["errors"].values()]
     return (
-        f"Exactness, {', '.join(models)}: in fp32 {equal} of {total} greedy tokens are those of transformers on a CPU; "
-        f"in bf16 and fp16 the logits' error against fp64 is {min(halves):.2f} to {max(halves):.2f} times that of "
-        "transformers' eager forward."
+        f"Exactness, {', '.join(models)}: in fp32 {equal} of {total} greedy tokens (each prompt in a batch, alone and "
+        "read in chunks) are those of transformers on a CPU; in bf16 and fp16 the logits' error against fp64 is "
+        f"{min(e['ratio'] for e in halves):.2f} to {max(e['ratio'] for e in halves):.2f} times that of transformers' "
+        f"eager forward, of the worst single prompt {max(e['worst_sequence_ratio'] for e in halves):.2f} times."
     )
 
 
+ON_GPU = ("batch", "alone", "chunks")  # ways of `benchmarks/exactness.py` that run there
 OURS = "llmopt"
 GPU_PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode": gpu_decode, "prefill": gpu_prefill, "attention": gpu_attention, "startup": gpu_startup,
@@ -265,6 +268,12 @@ def against(case: dict[str, Any], prefixes: str) -> str:
     if not found:
         return "-"
     return f"{min(found):.2f} ms, {min(found) / peers(case)[OURS]['ms']['median']:.2f}x"
+
+
+def modes(cases: list[dict[str, Any]], prefixes: str) -> str:
+    """`reduce-overhead, max-autotune`: which of the peers with one of these prefixes were measured, in any case."""
+    found = (name for case in cases for name in peers(case) if name.startswith(tuple(prefixes.split())))
+    return ", ".join(dict.fromkeys(name.partition("-")[2] for name in found)) or "not measured"
 
 
 def machine(case: dict[str, Any]) -> str:

@@ -60,8 +60,11 @@ class Lower(Pass):
         if not fused and context.target.kind == "cuda":
             note = f"no GPU kernels: {_why_no_kernels(allowed, context)}; torch runs the step node by node"
             stats.notes.append(note)
+            program.choices["without_kernels"] = note
             if context.strict and "triton" in allowed:  # else somebody meant it, or it is not a whole model
                 _log.warning("llmopt: %s", note)
+        elif fused and (why := [text for text in reasons if text.startswith("attend not by triton")]):
+            _log.warning("llmopt: torch attends, and there are no decoding graphs: %s", "; ".join(why))
         return stats
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from llmopt.compiler.errors import LlmoptError
 from llmopt.runtime.decoder import Batch, DecodeState, NewPage
 from llmopt.runtime.executor import no_room
 from llmopt.runtime.sampler import SampleRows, sample
@@ -45,25 +46,45 @@ class DecodeGraphs:
         self._pool = torch.cuda.graph_pool_handle() if state.device.type == "cuda" else None
         self._count = self._length = 0
         self._ahead = False  # the next step has been launched
+        self._late: Exception | None = None  # why it could not be
+        self._queued = torch.cuda.Event() if state.device.type == "cuda" else None  # behind all that was launched
         self._sampling: SampleRows | None = None  # where the graph's own sampling is not enough
 
     def start(self, batch: Batch) -> None:
         """Take over a batch of at most `limit` sequences."""
+        self._follow()
         self.state.load(batch)
-        self._count, self._length, self._ahead = len(batch.ids), batch.length, False
+        self._count, self._length, self._ahead, self._late = len(batch.ids), batch.length, False, None
         cut = batch.sampling.max_k > 0 or batch.sampling.nucleus
         self._sampling = batch.sampling if cut else None
 
     def step(self, pages: Sequence[NewPage], upcoming: Sequence[NewPage] | None = None) -> list[int]:
-        """One token of every sequence; `pages` begin with this step's tokens, `upcoming` with the next step's."""
+        """One token of every sequence; `pages` begin with this step's tokens, `upcoming` with the next step's.
+
+        What goes wrong with the next step, memory that runs out in the capture of its graph, is raised by the call that
+        wants its tokens, after which the batch is to be started anew.
+        """
+        if self._late is not None:
+            raise self._late
+        self._follow()
         if not self._ahead:
             self._launch(pages)
         self._ahead = False
         tokens = self.state.read(self._count)
         if upcoming is not None:
-            self._launch(upcoming)
-            self._ahead = True
+            try:
+                self._launch(upcoming)
+                self._ahead = True
+            except (torch.OutOfMemoryError, LlmoptError) as error:
+                self._late = error
+        if self._queued is not None:
+            self._queued.record()
         return tokens()
+
+    def _follow(self) -> None:
+        """Whatever stream is current now runs after what was launched, perhaps on another."""
+        if self._queued is not None:
+            self._queued.wait()
 
     def _launch(self, pages: Sequence[NewPage]) -> None:
         if pages:

@@ -119,8 +119,9 @@ class Engine:
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams = _GREEDY, sequence: int = 0) -> int:
         """Queue a prompt and return its handle; InputError or CacheFullError if it can never run.
 
-        `sequence` in [0, 2**32) tells apart the noise of sequences with one seed: equal prompts with equal
-        parameters and `sequence` give equal text, whenever and with whomever they run.
+        `sequence` in [0, 2**32) tells apart the noise of sequences with one seed: equal prompts with equal parameters
+        and `sequence` have equal noise, whenever and with whomever they run, and on a CPU equal text. On a GPU the
+        number of neighbours chooses the kernels, whose logits differ in their last bits.
         """
         return self._enqueue(self._admissible(prompt_ids, params, sequence, "the prompt"))
 

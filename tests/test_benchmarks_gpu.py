@@ -256,20 +256,27 @@ def test_tables_are_made_from_results(tmp_path: Path, monkeypatch: pytest.Monkey
     case = {"model": "m", "dtype": "bfloat16", "batch": 1, "tokens": 512, "environment": environment, "peers": rows}
     (tmp_path / "decode_h200.json").write_text(json.dumps({"cases": [case, case | {"peers": rows[1:]}]}))
     (tmp_path / "prefill_h200.json").write_text(json.dumps({"cases": [case | {"tokens": 2048}]}))
-    ways = {
+    starts = {
         "cold": {"first_token_s": 40.0, "weight_bytes": 16e9},
         "cached": {"first_token_s": 9.0},
         "load": {"first_token_weights_resident_s": 2.0, "weights_s": 3.0, "hashes_s": 1.0},
     }
-    figures = {"model": "m", "dtype": "bfloat16", "ways": ways, "environment": environment}
+    figures = {"model": "m", "dtype": "bfloat16", "ways": starts, "environment": environment}
     (tmp_path / "startup_h200.json").write_text(json.dumps(figures))
     us = {"ours": 200.0, "best": 199.0, "flex16": 500.0, "flex128": 400.0, "sdpa": 90.0}
     long = {"batch": 8, "context": 32768, "page": 16, "us": us, "bytes_per_s": {"ours": 3.4e12}}
     other = {**long, "page": 64, "us": {"ours": 210.0}}
     attention = {"copy_bytes_per_s": 4e12, "decode": [long, other]}
     (tmp_path / "attention_h200.json").write_text(json.dumps(attention))
-    way, errors = {"equal": 3, "of": 4}, {"prompt": {"ratio": 0.7}, "decode": {"ratio": 1.2}}
-    checks = {"float32": {"ways": {"batch": way, "alone": way}}, "bfloat16": {"errors": errors}}
+    way = {"equal": 3, "of": 4}
+    errors = {
+        "prompt": {"ratio": 0.7, "worst_sequence_ratio": 1.1},
+        "decode": {"ratio": 1.2, "worst_sequence_ratio": 1.3},
+    }
+    checks = {
+        "float32": {"ways": {"batch": way, "alone": way, "reference on the CPU": way}},
+        "bfloat16": {"errors": errors},
+    }
     exact = {"models": {"m": {**checks, "float16": {"errors": errors}}}}
     (tmp_path / "exactness_h200.json").write_text(json.dumps(exact))
     text = generate.gpu()
@@ -277,6 +284,8 @@ def test_tables_are_made_from_results(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "| 8 x 32768 | 64 | 210 us | 85% | 400 us, 1.90x |" in text
     assert "in fp32 6 of 8 greedy tokens" in text
     assert "is 0.70 to 1.20 times" in text
+    assert "prompt 1.30 times" in text
+    assert "graphs (max-autotune, reduce-overhead), *transformers* of its StaticCache (max-autotune)" in text
     assert "NVIDIA H200 (torch 2.11.0, Triton 3.6.0)" in text
     assert "| m | 1 | 512 | 4.00 ms | 5.20 ms, 1.30x | 6.00 ms, 1.50x | - | 81% | 163 |" in text
     assert text.count("| m | 1 |") == 1

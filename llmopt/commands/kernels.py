@@ -82,14 +82,13 @@ def _code(model: str, recipe: str | None, target: str | None, dtype: str | None,
         if given:
             raise InputError(f"{model!r} is an artifact, which was compiled already; leave out {' and '.join(given)}")
         parts = artifact.load(Path(model), runs_here=False)
-        code, made = parts.regions, parts.target
+        code, made, choices = parts.regions, parts.target, parts.program.choices
     else:
         program, _, context = build(model, recipe or "default", target, dtype, progress=progress)
-        code, made = code_for(program, context.target), context.target
+        code, made, choices = code_for(program, context.target), context.target, program.choices
     if not isinstance(code, GpuCode):
-        raise InputError(
-            f"{model!r} for target {made.name} has no GPU kernels; give a GPU's target, such as --target cuda:sm_90"
-        )
+        why = choices.get("without_kernels", "no GPU kernels; give a GPU's target, such as --target cuda:sm_90")
+        raise InputError(f"{model!r} for target {made.name} has {why}")
     code.compile_all(progress)
     return code
 

@@ -56,6 +56,12 @@ def compile_to(model: str, out: Path, recipe: str, target: str | None, dtype: st
     started = time.perf_counter()
     with stages(f"compiling {model}") as progress:
         made = compiled(model, recipe, target, dtype, progress)
+        choices = made.report.choices
+        if "without_kernels" in choices and "triton" in choices["allowed"]:
+            raise InputError(
+                f"{choices['without_kernels']}: nothing was written, as such an artifact is of no use; change that, or "
+                "give --recipe reference if it is meant"
+            )
         progress("writing")
         made.save(out)
     seconds = time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -69,3 +70,15 @@ def test_what_no_single_kernel_does_is_said_once_for_all_its_classes():
 def test_a_cpu_has_no_kernels():
     with pytest.raises(InputError, match="--target cuda:sm_90"):
         list_kernels(PICO, None, "cpu:generic", None, as_json=True)
+
+
+def test_without_triton_nothing_is_written_for_a_gpu(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else found(name, *rest)
+    )
+    with pytest.raises(InputError, match=r"^no GPU kernels: Triton is not installed .*: nothing was written"):
+        compile_to(PICO, tmp_path / "a", "default", "cuda:sm_90", "float32", as_json=True)
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(InputError, match="has no GPU kernels: Triton is not installed for target cuda:sm_90"):
+        list_kernels(PICO, None, "cuda:sm_90", None, as_json=True)

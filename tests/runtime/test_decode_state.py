@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy_lm import CONTEXT, PAGE, RAGGED, VOCAB, WARM, alone, drain, is_empty, make_engine, prompts_of, tokens_of
 
-from llmopt.compiler.errors import CacheFullError
+from llmopt.compiler.errors import CacheFullError, DeviceMemoryError
 from llmopt.runtime.decode_graphs import BUCKETS, DecodeGraphs, bucket
 from llmopt.runtime.decoder import Batch, DecodeState, NewPage
 from llmopt.runtime.engine import Engine, SamplingParams
@@ -169,6 +169,29 @@ def test_without_a_page_for_the_next_token_nothing_is_launched_ahead():
     engine.cache.reserve = taken
     events += drain(engine)[handle]
     assert tokens_of(events) == alone(RAGGED[1], GREEDY)
+
+
+def test_a_step_ahead_that_fails_costs_no_token():
+    engine, decoder = handed_engine()
+    handle = engine.submit(RAGGED[1], GREEDY)
+    got = [e.token for _ in range(4) for e in engine.step()]
+    run = decoder.run
+
+    def fails(rows, parts):
+        run(rows, parts)
+        raise DeviceMemoryError("none left")
+
+    decoder.run = fails
+    events = []
+    with pytest.raises(DeviceMemoryError):
+        exhaust(engine, events)
+    got += [e.token for e in events]
+    assert got == alone(RAGGED[1], GREEDY)[: len(got)]
+    made = len(got)
+    decoder.run = run
+    got += tokens_of(drain(engine)[handle])
+    assert got == alone(RAGGED[1], GREEDY)
+    assert made > 4, "the token that was made before it"
 
 
 def batch_of(count, width=3):

@@ -137,10 +137,11 @@ def test_without_cuda_bindings_it_says_what_to_install(monkeypatch):
     ],
     ids=["float64", "wide heads"],
 )
-def test_attention_that_no_kernel_takes_is_torchs_and_the_reason_is_stated(dtype, changes, reason):
+def test_attention_that_no_kernel_takes_is_torchs_and_the_reason_is_stated(dtype, changes, reason, caplog):
     program, report, context = build(tiny("llama", dtype, **changes), "default", HOPPER)
     assert report.choices["providers"]["attend=reference"] == 2
     assert any(text.startswith(reason) for text in report.choices["against"])
+    assert f"torch attends, and there are no decoding graphs: {reason}" in caplog.text
     code = code_for(program, context.target)
     assert isinstance(code, GpuCode)
     assert {shape for _, shape in code.keys(SHAPES)} == {MANY}, "no graphs, and no code for them"
