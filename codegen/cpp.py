@@ -153,7 +153,8 @@ def load_library() -> Path:
     """Load the kernels, building them unless the cache has them; returns the library's path. Raises BuildError."""
     path = library_path()
     if not path.exists():
-        _build(path)
+        with knobs.writing_cache():
+            _build(path)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -178,11 +179,15 @@ def machine_key() -> list[str]:
 
 
 def install_library(name: str, data: bytes) -> None:
-    """Put a library built elsewhere (`load_library().name`, its bytes) into the cache if it is the one for here."""
+    """Put a library built elsewhere (`load_library().name`, its bytes) into the cache if it is the one for here.
+
+    Raises BuildError: the cache cannot be written.
+    """
     path = library_path()
     if path.name == name and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_new(path, data)
+        with knobs.writing_cache():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_new(path, data)
 
 
 def _build(path: Path) -> None:

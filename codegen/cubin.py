@@ -129,14 +129,20 @@ def compile_kernel(kernel: Kernel, target: Target) -> Cubin:
     path = entry_path(kernel, target)
     cubin = _read(path)
     if cubin is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            cubin = _read(path)  # another process may have compiled it while this one waited
-            if cubin is None:
-                cubin = _compile(kernel, architecture(target))
-                hooks.write_new(path, _encoded(cubin))
+        with knobs.writing_cache():
+            cubin = _made(kernel, target, path)
     return _fitting(cubin, kernel, target)
+
+
+def _made(kernel: Kernel, target: Target, path: Path) -> Cubin:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cubin = _read(path)  # another process may have compiled it while this one waited
+        if cubin is None:
+            cubin = _compile(kernel, architecture(target))
+            hooks.write_new(path, _encoded(cubin))
+    return cubin
 
 
 def _fitting(cubin: Cubin, kernel: Kernel, target: Target) -> Cubin:
@@ -199,8 +205,10 @@ def _compile(kernel: Kernel, sm: int) -> Cubin:
             f"{where}: Triton has no assembler ({error}); reinstall triton, or name one in TRITON_PTXAS_PATH"
         ) from error
     try:
-        with _apart(said):
+        with knobs.writing_cache(), _apart(said):
             made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    except BuildError:  # the cache, which is not this kernel's fault
+        raise
     except Exception as error:  # Triton and MLIR raise whatever they raise
         raise BuildError(f"{where}: {_first_line(error)}") from error
     meta = made.metadata

@@ -7,6 +7,7 @@ lines of JSON, and an error or null goes out for each.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -84,7 +85,12 @@ def _feed(
     waiting: queue.SimpleQueue[Kernel], errors: queue.SimpleQueue[str | None], target: Target, stop: threading.Event
 ) -> None:
     """Give one worker kernels until there are none; what goes wrong is an error of the kernel it had."""
-    with tempfile.TemporaryFile() as said:
+    with contextlib.ExitStack() as stack:
+        try:
+            said = stack.enter_context(tempfile.TemporaryFile())
+        except OSError as error:  # told, as this is a thread, and whoever waits for an answer would wait forever
+            errors.put(f"no temporary file can be made ({error}); set TMPDIR to a writable folder with free space")
+            return
         try:
             with _start(said.fileno()) as worker:
                 _converse(worker, waiting, errors, target, stop)

@@ -6,6 +6,7 @@ knobs are for looking inside and for narrowing down a fault; what a program comp
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from llmopt.compiler.errors import KnobError, did_you_mean
+from llmopt.compiler.errors import BuildError, KnobError, did_you_mean
 
 PREFIX = "LLMOPT_"
 
 T = TypeVar("T")
+
+# what a write says, which names no file
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,12 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _folder(text: str) -> Path:
-    path = Path(text).expanduser()
-    if path.exists() and not path.is_dir():
+    path = Path(text).expanduser().absolute()
+    # os.path, as Path.exists raises for what lies in a folder that may not be read
+    nearest = next((place for place in (path, *path.parents) if os.path.exists(place)), path)
+    if not os.path.isdir(nearest):
         raise ValueError(text)
-    return path.absolute()
+    return path
 
 
 def _cache_home() -> Path:
@@ -151,6 +157,23 @@ def scope(**values: object) -> Iterator[None]:
         yield
     finally:
         _set(before)
+
+
+@contextmanager
+def writing_cache() -> Iterator[None]:
+    """Within it the cache is written: what the system refuses there, or for want of space, is a BuildError."""
+    try:
+        yield
+    except OSError as error:
+        folder = cache()
+        place = Path(error.filename) if isinstance(error.filename, str) else folder
+        near = place.is_relative_to(folder) or folder.is_relative_to(place)
+        if not near or (error.filename is None and error.errno not in _FULL):
+            raise  # another cache would not help
+        raise BuildError(
+            f"cache {place} cannot be written ({error.strerror or error}); set {cache.name} to a writable folder with "
+            "free space"
+        ) from error
 
 
 def table() -> str:

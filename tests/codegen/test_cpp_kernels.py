@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmopt.codegen.cpp import attend_cpp, cpp_available, install_library, kv_write_cpp, library_path, linear_cpp
+from llmopt.compiler.errors import BuildError
 from llmopt.compiler.op import OPS
 from llmopt.compiler.ops.attention import attend
 from llmopt.compiler.ops.linear import linear
@@ -306,3 +308,24 @@ def test_a_damaged_library_is_told_in_one_line(tmp_path, monkeypatch):
     assert "does not load" in line
     assert "delete it" in line
     assert "\n" not in line
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_with_the_remedy(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()  # in the default's place, which no one has looked at before
+    monkeypatch.delenv("LLMOPT_CACHE", raising=False)
+    line = ask(XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert line == (
+        f"cache {tmp_path}/file/llmopt/cpp cannot be written (Not a directory); set LLMOPT_CACHE to a writable folder "
+        "with free space"
+    )
+
+
+def test_a_library_built_elsewhere_needs_a_cache_that_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMOPT_CACHE", str(tmp_path))
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", full_disk)
+    with pytest.raises(BuildError, match=r"No space left on device.*set LLMOPT_CACHE to"):
+        install_library(library_path().name, b"")
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

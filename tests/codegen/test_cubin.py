@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import re
 
 import pytest
@@ -181,3 +183,23 @@ def test_scratch_memory_is_refused(monkeypatch):
 
     monkeypatch.setattr(triton, "compile", with_scratch)
     assert "needs scratch memory" in refusal(toy())
+
+
+@pytest.mark.parametrize("place", ["tempfile.TemporaryDirectory", "triton.compile", "llmopt.codegen.hooks.write_new"])
+def test_a_full_disk_is_one_line_with_the_remedy(fresh_cache, monkeypatch, place):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(place, full)
+    assert refusal(toy()) == (
+        f"cache {fresh_cache} cannot be written (No space left on device); set LLMOPT_CACHE to a writable folder with "
+        "free space"
+    )
+
+
+def test_a_cache_in_a_folder_that_takes_none_is_told(fresh_cache, monkeypatch):
+    def refuse(path, *_, **__):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    assert refusal(toy()).startswith(f"cache {fresh_cache}/cubin cannot be written (No such file or directory); set ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import os
 import subprocess
@@ -116,6 +117,15 @@ def test_a_worker_that_dies_is_reported_with_its_last_line(monkeypatch):
         subprocess, "Popen", lambda args, **options: start([sys.executable, "-S", "-c", line], **options)
     )
     with pytest.raises(BuildError, match=r"for cuda:sm_90 ended early \(MemoryError: out of memory\)"):
+        cubin_parallel.fill_cache(samplers(), target(), 2, lambda: None)
+
+
+def test_a_disk_too_full_for_a_temporary_file_is_told_and_not_waited_for(monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(BuildError, match=r"No space left on device.*set TMPDIR to a writable folder with free space"):
         cubin_parallel.fill_cache(samplers(), target(), 2, lambda: None)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmopt.compiler import knobs
-from llmopt.compiler.errors import KnobError
+from llmopt.compiler.errors import BuildError, KnobError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,6 +75,7 @@ def test_values_are_read_when_asked(monkeypatch: pytest.MonkeyPatch, name: str, 
         ("provider", "cpp,,reference"),
         ("dump", __file__),
         ("cache", __file__),
+        ("cache", f"{__file__}/a/b"),
         ("tune", "search"),
     ],
 )
@@ -154,3 +156,18 @@ def test_no_other_file_reads_a_variable_of_ours():
             strings = [n.value for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Constant)]
             names = {s for s in strings if isinstance(s, str) and re.fullmatch(r"LLMOPT_\w+", s)}
             assert not names or path == ROOT / "compiler" / "knobs.py", (path, names)
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_the_remedy(tmp_path: Path):
+    with knobs.scope(cache=tmp_path), pytest.raises(BuildError) as caught, knobs.writing_cache():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(caught.value) == (
+        f"cache {tmp_path} cannot be written (No space left on device); set LLMOPT_CACHE to a writable folder with "
+        "free space"
+    )
+
+
+@pytest.mark.parametrize("args", [(errno.EACCES, "refused", "/ptxas"), (errno.ENOMEM, "no memory"), ("no source",)])
+def test_what_fails_elsewhere_is_not_the_caches_fault(tmp_path: Path, args: tuple[object, ...]):
+    with knobs.scope(cache=tmp_path), pytest.raises(OSError), knobs.writing_cache():  # noqa: PT011 - any of them
+        raise OSError(*args)
