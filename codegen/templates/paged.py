@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def key_rows(table, h, t, ok, HKV: tl.constexpr, PAGE: tl.constexpr):
@@ -48,6 +50,9 @@ def logits(products, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
 @triton.jit
 def dot(a, b, acc):
     """acc + a b; fp32 operands in full precision."""
+    if INTERPRETED:  # which would multiply the integers that it keeps bf16 in
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
     if a.dtype == tl.float32:
         return tl.dot(a, b, acc, input_precision="ieee")
     return tl.dot(a, b, acc)

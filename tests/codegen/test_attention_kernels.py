@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attention_cases as cases
 import pytest
 import torch
 from attention_cases import Cache, Case, attention_entries
+from interpreted import rounding
 from torch import Tensor
 
 from llmopt.codegen.templates import decode_attention as decode
@@ -16,6 +17,15 @@ from llmopt.codegen.templates import prefill_attention as prefill
 from llmopt.runtime.attend import StepLayout
 
 pytestmark = pytest.mark.interp
+
+# of the largest value: both halves round softmax's weights and the result, at 2^-11 and 2^-8
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@pytest.fixture(autouse=True)
+def rounded() -> Iterator[None]:
+    with rounding():
+        yield
 
 
 def decoded(
@@ -46,7 +56,7 @@ def decoded(
         HQ=hq, HKV=hkv, D=d, DV=dv, PAGE=case.page, SCALE=case.scale, WINDOW=case.window, SOFTCAP=case.softcap,
         LOAD_Q=hooks[0], LOAD_K=hooks[1], LOAD_V=cases.plain_v, PDL=False, **used,
     )  # fmt: skip
-    tolerance = {torch.float32: 3e-6, torch.float16: 2e-3}[case.dtype]
+    tolerance = TOLERANCE[case.dtype]
     assert (out.view(n, hq, dv).double() - want).abs().max() <= tolerance * want.abs().max()
     torch.testing.assert_close(cache.k, k_want, atol=1e-6 if case.rope else 0, rtol=0)
     assert torch.equal(cache.v, v_want)
@@ -81,6 +91,7 @@ def test_ragged_lengths_and_splits(splits: int, swap: int, peel: int) -> None:
         Case((60, 5), window=20, softcap=2.0, sinks=True, page=16),
         Case((37, 0), rope=True),
         Case((37, 5), dtype=torch.float16),
+        Case((37, 5), dtype=torch.bfloat16),
     ],
     ids=str,
 )
@@ -93,7 +104,8 @@ def test_configs_of_the_tables(entry: Mapping[str, Any]) -> None:
     shape, config = entry["shape"], entry["config"]
     heads, dims = (shape["HQ"], shape["HKV"]), (shape["D"], shape["DV"])
     tile = config["BLOCK_T"]
-    case = Case((0, tile - 1, 3 * tile * config["LEAST"] + 1), heads, dims, shape["PAGE"], dtype=torch.float16)
+    lengths, dtype = (0, tile - 1, 3 * tile * config["LEAST"] + 1), getattr(torch, entry["dtype"])
+    case = Case(lengths, heads, dims, shape["PAGE"], dtype=dtype)
     decoded(case, 3, config=config)
 
 
@@ -115,7 +127,7 @@ def prefilled(case: Case, counts: tuple[int, ...], block_q: int = 16, block_t: i
         HQ=hq, HKV=hkv, D=d, DV=dv, PAGE=case.page, SCALE=case.scale, WINDOW=case.window, SOFTCAP=case.softcap,
         BLOCK_Q=block_q, BLOCK_T=block_t, DRAIN=0,
     )  # fmt: skip
-    tolerance = {torch.float32: 3e-6, torch.float16: 2e-3}[case.dtype]
+    tolerance = TOLERANCE[case.dtype]
     assert (out.double() - want).abs().max() <= tolerance * want.abs().max()
 
 
@@ -132,6 +144,7 @@ def prefilled(case: Case, counts: tuple[int, ...], block_q: int = 16, block_t: i
         (Case((5, 0), sinks=True), (20, 1)),
         (Case((50, 0), window=40, softcap=2.0, sinks=True), (20, 20)),
         (Case((5, 33), dtype=torch.float16), (20, 1)),
+        (Case((5, 33), dtype=torch.bfloat16), (20, 1)),
     ],
     ids=str,
 )
