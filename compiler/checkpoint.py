@@ -20,11 +20,7 @@ def read_config(source: str) -> PretrainedConfig:
     path = Path(source)
     looks_local = source.startswith((".", "/", "~")) or path.exists()
     if looks_local and not (path / "config.json").is_file():
-        seen = "no such folder" if not path.exists() else "a folder without config.json" if path.is_dir() else "a file"
-        raise InputError(
-            f"model {source!r}: {seen}; wanted a transformers checkpoint folder (config.json, *.safetensors) or a "
-            "hub id"
-        )
+        raise InputError(f"model {source!r}: {_no_checkpoint(path)}")
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError, json.JSONDecodeError) as error:
@@ -40,6 +36,16 @@ def read_config(source: str) -> PretrainedConfig:
             "use the checkpoint it was made from"
         )
     return config
+
+
+def _no_checkpoint(path: Path) -> str:
+    """What a path is that holds no config.json, and what was wanted."""
+    if (path / "manifest.json").is_file():
+        return "it is an artifact, compiled already; wanted the model it was made from"
+    if (path / "graphs").is_dir():
+        return "it is an artifact without its manifest.json; copy the artifact again, or compile the model again"
+    seen = "no such folder" if not path.exists() else "a folder without config.json" if path.is_dir() else "a file"
+    return f"{seen}; wanted a transformers checkpoint folder (config.json, *.safetensors) or a hub id"
 
 
 def checkpoint_dtype(config: PretrainedConfig) -> torch.dtype:

@@ -118,6 +118,21 @@ def test_models(tmp_path: Path, make: Callable[[Path], Path], said: str):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_artifact_without_its_manifest_is_called_one(tmp_path: Path):
+    (tmp_path / "graphs").mkdir()
+    said = f"model {str(tmp_path)!r}: it is an artifact without its manifest.json; copy the artifact again, or "
+    for args in (["run", str(tmp_path), "hello"], ["kernels", str(tmp_path)], ["show", str(tmp_path)]):
+        assert said in rejected(*args)
+
+
+def test_an_artifact_is_no_model_to_compile(tmp_path: Path, model: CompiledModel):
+    made = tmp_path / "made"
+    model.save(made)
+    said = f"model {str(made)!r}: it is an artifact, compiled already; wanted the model it was made from"
+    for args in (["compile", str(made), "-o", str(tmp_path / "out")], ["bench", str(made)], ["bisect", str(made)]):
+        assert said in rejected(*args)
+
+
 def test_bert_is_no_causal_model(tmp_path: Path):
     """transformers would load a BertConfig as a decoder; its attention sees all tokens."""
     with pytest.raises(LlmoptError, match="causal"):
