@@ -157,7 +157,7 @@ def _unfit(properties: Any) -> str | None:
     capability = (properties.major, properties.minor)
     if isa_for(capability) is not None:
         return None
-    why = _foreign(capability)
+    why = f"{_foreign(capability)} (it has {', '.join(GPUS)})"
     if capability < OLDEST:
         why = f"wanted {_dotted(OLDEST)} (A100) or newer"
     return (
@@ -170,7 +170,7 @@ def _foreign(capability: tuple[int, int]) -> str:
     """What keeps a newer capability from being served."""
     sibling = next((isa for isa, gpu in GPUS.items() if gpu.runs_on[0][0] == capability[0]), None)
     why = f", and code for {sibling} does not run on it" if sibling else ""
-    return f"which this version of llmopt has no code for{why} (it has {', '.join(GPUS)})"
+    return f"which this version of llmopt has no code for{why}"
 
 
 def isa_for(capability: tuple[int, int]) -> str | None:
@@ -213,7 +213,7 @@ def _numbered(capability: tuple[int, int]) -> str:
         return f"{said} has no target of its own: on a machine with such a GPU, 'cuda' compiles code of {isa} for it."
     if capability < OLDEST:
         return f"{said} is too old, wanted {_dotted(OLDEST)} or newer: use one of {_names()}, or cpu."
-    return f"that is {said}, {_foreign(capability)}."
+    return f"that is {said}, {_foreign(capability)}: use one of {_names()}, or cpu."
 
 
 def _worded(text: str) -> str | None:

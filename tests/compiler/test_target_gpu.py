@@ -228,7 +228,8 @@ def test_without_a_gpu_nothing_is_said(machine, caplog: pytest.LogCaptureFixture
         ("cuda:sm_86", "on a machine with such a GPU, 'cuda' compiles code of sm_80 for it"),
         ("cuda:sm_75", "is too old, wanted 8.0 or newer"),
         ("cuda:sm_103", "code for sm_100 does not run on it"),
-        ("cuda:sm_130", "has no code for (it has sm_80, "),
+        ("cuda:sm_130", "has no code for: use one of cuda:sm_80, "),
+        ("cuda:sm_99", "run on it: use one of cuda:sm_80, cuda:sm_89, cuda:sm_90, cuda:sm_100, cuda:sm_120, or cpu."),
         ("cudaa", "did you mean 'cuda'?"),
     ],
 )
