@@ -3,8 +3,9 @@
 A table is one JSON file for an architecture. An entry says for a template, shape and dtype what was fastest (`config`),
 how fast (`us` of a launch; null where whole steps were compared), on which `device` and `date`. It holds for the
 kernels that were measured (`source`), with any Triton: it is a choice of speed. Once the kernels of a template, or what
-they call or read, change (comments and docstrings aside) its entries are passed over, with a warning. LLMOPT_TUNE=off
-passes over all of them. Who measures says with `trial` what is picked.
+they call or read, change (comments and docstrings aside) its entries are passed over, with a warning; a change that was
+checked to leave the machine code of every entry as it was writes the new `source` into them. LLMOPT_TUNE=off passes
+over all of them. Who measures says with `trial` what is picked.
 """
 
 from __future__ import annotations

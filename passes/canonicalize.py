@@ -55,7 +55,7 @@ class Canonicalize(Pass):
         return stats
 
 
-def fold_constants(graph: Graph, program: Program, stats: PassStats) -> None:
+def fold_constants(graph: Graph, program: Program, stats: PassStats, context: Context) -> None:
     """Replace each largest subgraph that reads only weights by one folded weight."""
     constant: set[fx.Node] = set()
     for node in graph.fx.nodes:
@@ -68,14 +68,16 @@ def fold_constants(graph: Graph, program: Program, stats: PassStats) -> None:
         ):
             constant.add(node)
     for node in list(graph.fx.nodes):
-        if node in constant and node.op == "call_function" and any(u not in constant for u in node.users):
+        largest = node in constant and node.op == "call_function" and any(u not in constant for u in node.users)
+        if largest and context.rewrites_left != 0:
             _fold(graph, node, program, stats)
+            context.spend(1)
 
 
 def raise_folded(graph: Graph, program: Program, stats: PassStats, context: Context) -> None:
     """Fold; then `linear(x, tanh(w))`, which raise-aten had to leave, is a product with a weight."""
     before = stats.rewritten
-    fold_constants(graph, program, stats)
+    fold_constants(graph, program, stats, context)
     if stats.rewritten > before:
         raised = apply_rules(graph, weight_rules(program, fold=True), limit=context.rewrites_left)
         context.spend(raised.rewritten)

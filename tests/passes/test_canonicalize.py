@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from passes_common import counts, llama, run
+from passes_common import context, counts, llama, run
 from torch import Tensor, nn
 
 from llmopt.compiler.capture import capture
@@ -101,3 +101,13 @@ def test_a_second_run_changes_nothing() -> None:
 def test_merging_can_be_turned_off() -> None:
     after, _ = run(llama(layers=1), RaiseAten(), Canonicalize(merge_linears=False))
     assert counts(after.graph("forward"))["linear"] == 8
+
+
+def test_folds_count_as_rewrites() -> None:
+    raised, _ = run(plain(Mlp((True,))), RaiseAten())
+    folds = {}
+    for limit in (0, 1, None):
+        allowed = context(limit=limit)
+        stats = Canonicalize(merge_linears=False).run(raised.copy(), allowed)
+        folds[limit] = (stats.per_rule["fold-constants"], allowed.rewrites_left)
+    assert folds == {0: (0, 0), 1: (1, 0), None: (1, None)}
