@@ -25,7 +25,7 @@ from llmopt.compiler.emittable import attention_shape, keeps_order, puts_tokens_
 from llmopt.compiler.errors import EmitError
 
 # lengths of prompts are rounded up to multiples of this for torch's attention: cuDNN, which it calls on an sm_90,
-# plans anew for each length, for tenths of a second
+# plans anew for each length, for tens of milliseconds
 TORCH_TOKENS = 256
 
 

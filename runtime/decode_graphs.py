@@ -4,7 +4,7 @@ A graph holds a whole step: embedding to logits, sampling, and moving the state 
 launch of a graph, one copy of the tokens, and a small write when a sequence begins a page. As the next step needs
 nothing of the host, it is launched before the tokens of this one are waited for; what it computed is forgotten where
 a sequence turns out to have ended. Up to 8 sequences have a graph for each number of them, since there every row
-counts; beyond, rows are padded to 16, 32 or 64, whose kernels take the same time. On other devices the step is simply
+counts; beyond, rows are padded to 16, 32 or 64, the widths of the kernels' tiles. On other devices the step is simply
 run anew, which is what tests without a GPU do.
 """
 
