@@ -6,6 +6,7 @@ library only adds their CPU kernels. It is found by its key in the cache folder 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import hashlib
@@ -211,6 +212,11 @@ def _compile(command: list[str]) -> None:
     except OSError as error:
         raise BuildError(f"C++ compiler {command[0]} does not start ({error}); let CXX name a working one") from error
     if done.returncode != 0:
+        if full := [line for line in done.stderr.splitlines() if os.strerror(errno.ENOSPC) in line]:
+            raise BuildError(
+                f"C++ compiler {command[0]} failed ({_one_line(full[0])}); set LLMOPT_CACHE, and TMPDIR for the "
+                "compiler's own files, to a writable folder with free space"
+            )
         said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
         raise BuildError(
             f"C++ compiler {command[0]} failed with exit code {done.returncode} "

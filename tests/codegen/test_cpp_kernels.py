@@ -327,5 +327,18 @@ def test_a_library_built_elsewhere_needs_a_cache_that_can_be_written(tmp_path, m
         install_library(library_path().name, b"")
 
 
+def test_a_compiler_without_space_is_told_with_the_remedy(tmp_path):
+    compiler = tmp_path / "full-c++"
+    compiler.write_text(
+        "#!/bin/sh\necho 'ld: final link failed: No space left on device\nerror: ld failed' >&2; exit 1\n"
+    )
+    compiler.chmod(0o755)
+    line = ask(LLMOPT_CACHE=str(tmp_path), CXX=str(compiler))
+    assert line == (
+        f"C++ compiler {compiler} failed (ld: final link failed: No space left on device); set LLMOPT_CACHE, and "
+        "TMPDIR for the compiler's own files, to a writable folder with free space"
+    )
+
+
 def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
