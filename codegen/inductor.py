@@ -262,7 +262,8 @@ def _write(path: Path, data: bytes) -> None:
 def _imported(name: str, data: bytes) -> ModuleType:
     path = knobs.cache() / "regions" / name
     if not path.exists():
-        _write(path, data)
+        with knobs.writing_cache():
+            _write(path, data)
     return _module(path)
 
 
