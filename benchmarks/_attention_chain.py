@@ -22,9 +22,9 @@ from llmopt.codegen import tuning
 from llmopt.codegen.splits import splits as splits_for
 from llmopt.codegen.templates import decode_attention as decode
 from llmopt.compiler.target import Target
+from llmopt.runtime.gpu_code import decode_shape
 
 PAGE = 16  # tokens, as the cache has by default
-BUCKETS = (1, 8, 16, 32, 64)
 Tried = tuple[Mapping[str, Any], int]  # constants, parts
 
 
@@ -59,7 +59,7 @@ class Chain:
 
     def __init__(self, model: str, batch: int, context: int, target: Target) -> None:
         self.layers, shapes = PRODUCTS[model]
-        bucket = next(b for b in BUCKETS if b >= batch)
+        bucket = int(decode_shape(batch))
         # o reads attention's own result, in both chains
         self.qkv, self.o = (self._product(s, bucket, target) for s in (shapes[0], replace(shapes[1], stride=0)))
         self.case = Decode(MODELS[model], batch, context + 1, PAGE, self.layers)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import triton
 from _attention_cases import LLAMA, MODELS, Decode, Prefill
-from _attention_chain import BUCKETS, PAGE, cost, name_of, to_compile
+from _attention_chain import PAGE, cost, name_of, to_compile
 from _attention_turns import times
 from _gemm_cases import H200, compile_all
 from _gpu_cases import default_out
@@ -38,6 +38,7 @@ from llmopt.codegen.splits import splits as splits_for
 from llmopt.codegen.templates import decode_attention as decode
 from llmopt.codegen.templates import prefill_attention as prefill
 from llmopt.compiler.target import Target
+from llmopt.runtime.gpu_code import decode_shape
 from llmopt.runtime.measure import environment, write_json
 
 PARTS = ("repeat", "latency", "prefill", "decode")
@@ -164,7 +165,7 @@ def decode_row(
     time_all([c for tile in list(tiles.values())[:2] for c in decode.starts(tile)[1:]], [base])
     best = attend(*min(tried.values(), key=lambda row: row[0])[1:])
     best()
-    shape = {**LLAMA.shape, "PAGE": page, "N": bucket_of(batch)}
+    shape = {**LLAMA.shape, "PAGE": page, "N": int(decode_shape(batch))}
     shipped = tuning.pick("decode_attention", shape, "bfloat16", target)
     ours = attend(shipped, base)
     ours()
@@ -258,7 +259,7 @@ def chosen(result: Mapping[str, Any], model: str, batch: int) -> dict[str, Any] 
         usual.append({n.rpartition(" x")[0]: us for n, us in known.items() if n.endswith(f" x{r['parts']}")})
     names = set.intersection(*(set(u) for u in usual)) if usual else set()
     for row in result.get("decode", ()):
-        if model == LLAMA.name and bucket_of(row["batch"]) == bucket_of(batch):
+        if model == LLAMA.name and decode_shape(row["batch"]) == decode_shape(batch):
             best = min(row["tried"].values())
             long = {
                 n.rpartition(" x")[0].removesuffix(" early") for n, us in row["tried"].items() if us <= SLOWER * best
@@ -268,11 +269,6 @@ def chosen(result: Mapping[str, Any], model: str, batch: int) -> dict[str, Any] 
         return None
     name = min(names, key=lambda n: sum(u[n] for u in usual))
     return dict(rows[0]["configs"][name])
-
-
-def bucket_of(tokens: int) -> int:
-    """The smallest class of shapes that holds as many tokens."""
-    return next(b for b in BUCKETS if b >= tokens)
 
 
 def accept(path: Path) -> None:
@@ -285,7 +281,7 @@ def accept(path: Path) -> None:
             print(f"{model}, batch {batch}: nothing is fast in short and in long contexts; the table stays")
             continue
         page = next(r["page"] for r in result["latency"] if r["model"] == model)
-        shape = {**MODELS[model].shape, "PAGE": page, "N": bucket_of(batch)}
+        shape = {**MODELS[model].shape, "PAGE": page, "N": int(decode_shape(batch))}
         entries.append({
             "template": "decode_attention", "source": result["source"], "shape": shape, "dtype": "bfloat16",
             "config": config, "us": None, "device": result["gpu"]["name"], "date": result["date"][:10],

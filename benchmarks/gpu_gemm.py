@@ -28,8 +28,10 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 from _gemm_cases import MODELS, Shape, Variant, compile_all, hooks, variants
 
+from llmopt.runtime.gpu_code import decode_shape
+from llmopt.runtime.measure import environment, write_json
+
 COPIED = 400e6
-BUCKETS = (1, 8, 16, 32, 64)
 
 
 def graph_us(run: Callable[[], None], launches: int, replays: int = 15) -> float:
@@ -230,15 +232,9 @@ def plan_of(args: argparse.Namespace, failed: dict[Variant, str]) -> dict[tuple[
     found = {}
     for model in args.models:
         for shape in MODELS[model][1]:
-            for bucket in BUCKETS:
-                if bucket in {bucket_of(n) for n in args.tokens}:
-                    found[model, bucket, shape] = [v for v in variants(shape, bucket) if v not in failed]
+            for bucket in sorted({int(decode_shape(n)) for n in args.tokens}):
+                found[model, bucket, shape] = [v for v in variants(shape, bucket) if v not in failed]
     return found
-
-
-def bucket_of(tokens: int) -> int:
-    """The smallest class of shapes that holds as many tokens."""
-    return next(b for b in BUCKETS if b >= tokens)
 
 
 def show_sweep(model: str, r: dict[str, Any], shape: Shape, read: float, top: int = 3) -> None:
@@ -274,7 +270,7 @@ def sweep_all(args: argparse.Namespace, plan: dict[Any, list[Variant]], read: fl
         for shape in MODELS[model][1]:
             case = Case(shape)
             for tokens in args.tokens:
-                bucket = bucket_of(tokens)
+                bucket = int(decode_shape(tokens))
                 r = sweep(case, tokens, plan[model, bucket, shape][: args.limit])
                 if r["rows"] and tokens == bucket:
                     repeat(case, tokens, r["rows"][0]["variant"])
@@ -305,7 +301,7 @@ def accept(path: Path) -> Path:
     from llmopt.codegen import tuning
 
     results = json.loads(path.read_text())
-    swept = [r for r in results["sweep"] if r["rows"] and r["tokens"] == bucket_of(r["tokens"])]
+    swept = [r for r in results["sweep"] if r["rows"] and r["tokens"] == int(decode_shape(r["tokens"]))]
     found = [(r["rows"][0]["variant"], r["tokens"], r["rows"][0]["us"]) for r in swept]
     for r in results["chain"]:
         found += [(variant, r["tokens"], None) for variant in r["chosen"].values()]
@@ -350,6 +346,7 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     print(f"{device}: reads {speed['read']:.2f} TB/s, copies {speed['copy']:.2f} TB/s", flush=True)
     results: dict[str, Any] = {
+        **environment(),
         "device": device,
         "date": time.strftime("%Y-%m-%d"),
         "bandwidth": speed,
@@ -366,7 +363,7 @@ def main() -> None:
         for r in results["chain"]:
             show_chain(r, speed["read"])
     if args.out:
-        args.out.write_text(json.dumps(results, default=plain_data, indent=1))
+        write_json(args.out, json.loads(json.dumps(results, default=plain_data)))
     print(f"{time.time() - started:.0f} s in all")
 
 

@@ -30,12 +30,11 @@ from llmopt.compiler.errors import EmitError
 def product(region: FusedRegion, tokens: int) -> None:
     """One kernel; where no template takes it, torch's product between two kernels over rows, and a note of it."""
     (linear,) = region.graph.calls("linear")
-    kept = len(region.calls)
     try:
         region.calls.append(_kernel(region, linear, tokens))
     except EmitError as error:
         region.notes.append(f"torch multiplies, between kernels over rows: {error}")
-        del region.calls[kept:], region.temporaries[:]
+        del region.temporaries[:]
         many_product(region)
 
 

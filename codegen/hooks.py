@@ -115,8 +115,12 @@ def _imported(name: str, source: str) -> Any:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, as another process may read or write it at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)
+    """Write a file of the cache whole or not at all, as another process may read or write it at the same time.
+
+    Raises BuildError: the cache cannot be written.
+    """
+    with knobs.writing_cache():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(data)
+        os.replace(file.name, path)

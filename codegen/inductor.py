@@ -12,7 +12,6 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import linecache
-import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 from torch import fx
 
 from llmopt.codegen.cpp import load_library, machine_key
+from llmopt.codegen.hooks import write_new
 from llmopt.compiler import knobs
 from llmopt.compiler._torch import inductor_build, inductor_source, size_guards, tensor_data_address
 from llmopt.compiler.errors import BuildError
@@ -248,22 +248,14 @@ def _built(source: str) -> bytes:
             library = inductor_build(source, MODULE, folder, _options())
         except Exception as error:  # Inductor's errors share no base class; the cause stays attached
             raise BuildError(f"region: its C++ kernels could not be built: {_one_line(error)}") from error
-    _write(path, library)
+    write_new(path, library)
     return library
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)
 
 
 def _imported(name: str, data: bytes) -> ModuleType:
     path = knobs.cache() / "regions" / name
     if not path.exists():
-        with knobs.writing_cache():
-            _write(path, data)
+        write_new(path, data)
     return _module(path)
 
 

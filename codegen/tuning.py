@@ -151,8 +151,9 @@ def write(isa: str, entries: Iterable[Mapping[str, Any]], folder: Path | None = 
     old = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.exists() else []
     merged = {key(e["template"], e["shape"], e["dtype"]): e for e in [*old, *entries]}
     lines = ",\n".join(json.dumps(merged[k], sort_keys=True) for k in sorted(merged))
-    path.write_text(f'{{"entries": [\n{lines}\n]}}\n', encoding="utf-8")
-    return path
+    new = path.with_suffix(".tmp")
+    new.write_text(f'{{"entries": [\n{lines}\n]}}\n', encoding="utf-8")
+    return new.replace(path)
 
 
 def _compiled(node: ast.stmt) -> TypeGuard[ast.FunctionDef]:

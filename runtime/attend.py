@@ -20,7 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from llmopt.codegen.kernel import FRESH, PAGED
 from llmopt.runtime.transfer import to_device
 
-# tokens a prompt has on average for torch's kernel, of which each length has launches of its own, to be faster
+# tokens a prompt has on average for torch's kernel to be taken: it is launched anew for each length, which short
+# prompts do not repay; where exactly they begin to has not been measured
 LONG = 512
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from llmopt.compiler.errors import LlmoptError
+from llmopt.compiler.errors import DeviceMemoryError
 from llmopt.runtime.decoder import Batch, DecodeState, NewPage
 from llmopt.runtime.executor import no_room
 from llmopt.runtime.sampler import SampleRows, sample
@@ -61,8 +61,8 @@ class DecodeGraphs:
     def step(self, pages: Sequence[NewPage], upcoming: Sequence[NewPage] | None = None) -> list[int]:
         """One token of every sequence; `pages` begin with this step's tokens, `upcoming` with the next step's.
 
-        What goes wrong with the next step, memory that runs out in the capture of its graph, is raised by the call that
-        wants its tokens, after which the batch is to be started anew.
+        Where memory runs out for the next step, in the capture of its graph, the call that wants its tokens says so;
+        then the batch is to be started anew.
         """
         if self._late is not None:
             raise self._late
@@ -75,7 +75,7 @@ class DecodeGraphs:
             try:
                 self._launch(upcoming)
                 self._ahead = True
-            except (torch.OutOfMemoryError, LlmoptError) as error:
+            except (torch.OutOfMemoryError, DeviceMemoryError) as error:
                 self._late = error
         if self._queued is not None:
             self._queued.record()

@@ -8,13 +8,8 @@ decoding step ends where the next one begins, on the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import triton
 import triton.language as tl
-
-from llmopt.compiler.target import Target
 
 
 @triton.jit
@@ -94,14 +89,3 @@ def sample(
         tl.store(tickets + row, 0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-
-
-def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[str, Any]]:
-    """Block sizes for a vocabulary of shape["V"]; the first is the default."""
-    most = max(256, triton.next_power_of_2(shape["V"]))
-    return [{"BLOCK": min(size, most), "num_warps": warps, "num_stages": 1} for size, warps in ((4096, 8), (2048, 4))]
-
-
-def supports(shape: Mapping[str, int], dtype: str, target: Target) -> str | None:
-    """None, as any vocabulary and any float type of logits can be sampled; float64 is left to torch."""
-    return "float64 logits" if dtype in ("float64", "f64", "fp64") else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from toy_lm import CONTEXT, PAGE, RAGGED, VOCAB, WARM, alone, drain, is_empty, make_engine, prompts_of, tokens_of
@@ -114,20 +116,26 @@ def test_cancelling_takes_a_sequence_out_of_the_decoder():
         )
 
 
-def test_a_step_that_raised_is_repeated_from_the_engines_own_tokens(monkeypatch):
-    engine, decoder = handed_engine()
-    handle = engine.submit(RAGGED[1], GREEDY)
-    got = [e.token for _ in range(5) for e in engine.step()]
+@contextmanager
+def failing(decoder, error):
+    """Inside, a step of the decoder raises this once it has moved the state on."""
     run = decoder.run
 
     def fails(rows, parts):
         run(rows, parts)
-        raise RuntimeError("no")
+        raise error
 
     decoder.run = fails
-    with pytest.raises(RuntimeError):
-        engine.step()
+    yield
     decoder.run = run
+
+
+def test_a_step_that_raised_is_repeated_from_the_engines_own_tokens():
+    engine, decoder = handed_engine()
+    handle = engine.submit(RAGGED[1], GREEDY)
+    got = [e.token for _ in range(5) for e in engine.step()]
+    with failing(decoder, RuntimeError("no")), pytest.raises(RuntimeError):
+        engine.step()
     assert got + tokens_of(drain(engine)[handle]) == alone(RAGGED[1], GREEDY)
 
 
@@ -175,20 +183,12 @@ def test_a_step_ahead_that_fails_costs_no_token():
     engine, decoder = handed_engine()
     handle = engine.submit(RAGGED[1], GREEDY)
     got = [e.token for _ in range(4) for e in engine.step()]
-    run = decoder.run
-
-    def fails(rows, parts):
-        run(rows, parts)
-        raise DeviceMemoryError("none left")
-
-    decoder.run = fails
     events = []
-    with pytest.raises(DeviceMemoryError):
+    with failing(decoder, DeviceMemoryError("none left")), pytest.raises(DeviceMemoryError):
         exhaust(engine, events)
     got += [e.token for e in events]
     assert got == alone(RAGGED[1], GREEDY)[: len(got)]
     made = len(got)
-    decoder.run = run
     got += tokens_of(drain(engine)[handle])
     assert got == alone(RAGGED[1], GREEDY)
     assert made > 4, "the token that was made before it"
