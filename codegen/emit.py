@@ -154,23 +154,25 @@ def epilogue_hook(
     the weight that acc0 and acc1 come from.
 
     (0,) for a plain result; (0, F) for `gated(split halves)`: PARTS is the length, OFFSET0 and OFFSET1 the values, J
-    the elements of `result` a token. The anchor's own bias (args[2]) is added here. `result` may be the anchor
+    the elements of `result` a token. A bias is a node of its own. `result` may be the anchor
     itself. Raises EmitError if more than two parts, or another token's or column's product, are needed.
     """
     size = per_token(result)
     if any(s != (1, ()) for s in sizes_of(result.meta["val"])[: token_axis(result)]):
         raise EmitError(f"{where(result)}: has an axis ahead of the tokens; wanted a result [N, {size}] in memory")
     m, n = variable("m", None), variable("n", size)
+    if any(isinstance(bias, fx.Node) for bias in anchor.args[2:]):
+        raise EmitError(f"{where(anchor)}: adds a bias itself; wanted it added by a node of its own")
     printer = _printer(operands, {"m": Variable(m, None), "n": Variable(n, f"n < {size}")}, stored)
     offsets: list[int] = []
-    printer.given = {anchor: _product(printer, anchor, m, n, offsets)}
+    printer.given = {anchor: _product(anchor, m, n, offsets)}
     value = printer.tensor(printer.to_float(printer.value(result, token_coords(result, m, n))))
     lines = [*printer.lines, f"return {value.text}"]
     parameters = ("acc0", "acc1", "m", "n", "ok", *operands.names())
     return hook_of("epilogue", parameters, lines, printer.helpers), tuple(offsets) or (0,)
 
 
-def _product(printer: Printer, anchor: fx.Node, m: Index, n: Index, offsets: list[int]) -> Given:
+def _product(anchor: fx.Node, m: Index, n: Index, offsets: list[int]) -> Given:
     """The anchor's value from the accumulators; `offsets` gathers which columns those must hold."""
     axis = token_axis(anchor)
 
@@ -182,12 +184,7 @@ def _product(printer: Printer, anchor: fx.Node, m: Index, n: Index, offsets: lis
             offsets.append(away.constant)
         if len(offsets) > 2:
             raise EmitError(f"{where(anchor)}: is wanted at columns n + {offsets}; wanted two parts at most")
-        value = Value(f"acc{offsets.index(away.constant)}", "float", frozenset({"m", "n"}))
-        bias = anchor.args[2] if len(anchor.args) > 2 else None
-        if not isinstance(bias, fx.Node):
-            return value
-        added = printer.value(bias, (coords[-1],))
-        return printer.assign(f"{value.text} + {added.text}", "float", value, added)
+        return Value(f"acc{offsets.index(away.constant)}", "float", frozenset({"m", "n"}))
 
     return product
 

@@ -10,7 +10,6 @@ from torch import fx
 
 from llmopt.codegen.emit import epilogue_hook, load_g_hook, load_x_hook, per_token
 from llmopt.codegen.fused_region import (
-    CASTS,
     Argument,
     FusedRegion,
     call_of,
@@ -23,7 +22,7 @@ from llmopt.codegen.fused_region import (
 )
 from llmopt.codegen.kernel import Buffer, Call, Scalar
 from llmopt.codegen.printer import Operands
-from llmopt.compiler.emittable import keeps_order
+from llmopt.compiler.emittable import CASTS, keeps_order
 from llmopt.compiler.errors import EmitError
 
 

@@ -21,8 +21,6 @@ from llmopt.compiler.errors import EmitError
 from llmopt.compiler.graph import Graph
 from llmopt.compiler.target import Target
 
-CASTS = {"to", "_to_copy"}
-
 Argument = tuple[str, str | None, Size | None]  # parameter, its type (None: no such tensor), what is passed
 
 

@@ -15,11 +15,10 @@ from llmopt.codegen.emit import PRINTERS, Hook, hook_of, per_token, source_of, t
 from llmopt.codegen.index import Index, offset, opaque, sizes_of, split, variable
 from llmopt.codegen.kernel import Call, Kernel, Size
 from llmopt.codegen.printer import TYPES, Lane, Operands, Printer, Variable, closed
-from llmopt.compiler.emittable import LONGEST_ROW, op_name, reduced, why_not
+from llmopt.compiler.emittable import LONGEST_ROW, OPERANDS, OUTPUTS, op_name, reduced, why_not
 from llmopt.compiler.errors import EmitError
 from llmopt.compiler.graph import where
 
-INPUTS, OUTPUTS = 8, 4  # pointers of the template
 TILE = 1024  # elements of a tile, if rows are shorter
 
 
@@ -126,7 +125,7 @@ def _shape_of(output: fx.Node, stored: Collection[fx.Node]) -> _Kernel:
 
 def _prints(kernel: _Kernel, stored: Collection[fx.Node]) -> bool:
     try:
-        _body(kernel, Operands(INPUTS), stored)
+        _body(kernel, Operands(OPERANDS["rows"]), stored)
     except EmitError:
         return False
     return True
@@ -146,7 +145,7 @@ def _call(
     pdl: bool,
     by_token: Collection[fx.Node],
 ) -> Call:
-    operands = Operands(INPUTS)
+    operands = Operands(OPERANDS["rows"])
     body = _body(kernel, operands, stored, by_token)
     targets = [o.args[0] if op_name(o) == "kv_write" else o for o in kernel.outputs]
     types = [(f"o{i}", TYPES[t.meta["val"].dtype]) for i, t in enumerate(targets)]  # type: ignore[union-attr]

@@ -36,6 +36,9 @@ REDUCTIONS = frozenset({
 })  # fmt: skip
 # views of the same elements in the same order
 PLAIN_VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"})
+CASTS = frozenset({"to", "_to_copy"})
+OPERANDS = {"gemm": 6, "rows": 8}  # tensors a template's hooks may read
+OUTPUTS = 4  # tensors a kernel over rows may write
 LONGEST_ROW = 16384  # elements of a reduced axis: one program holds them all
 
 LARGEST_HEAD = 256  # channels: the registers of a program hold so many for every query head

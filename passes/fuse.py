@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, fx
 
 from llmopt.compiler import knobs
-from llmopt.compiler.emittable import keeps_order, op_name, puts_tokens_first
+from llmopt.compiler.emittable import CASTS, keeps_order, op_name, puts_tokens_first
 from llmopt.compiler.graph import Graph, origin, target_name
 from llmopt.compiler.pipeline import Context, Pass, PassStats
 from llmopt.compiler.program import Program
-from llmopt.passes.partition import CASTS, Kernel, base, is_row_choice, is_view, partition, reason_against
+from llmopt.passes.partition import Kernel, base, is_row_choice, is_view, partition, reason_against
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,17 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from llmopt.compiler.emittable import POINTWISE, REDUCTIONS, attention_shape, op_name, why_no_attention, why_not
+from llmopt.compiler.emittable import (
+    CASTS,
+    OPERANDS,
+    OUTPUTS,
+    POINTWISE,
+    REDUCTIONS,
+    attention_shape,
+    op_name,
+    why_no_attention,
+    why_not,
+)
 from llmopt.compiler.graph import Graph
 from llmopt.compiler.target import Target
 from llmopt.passes.kernel_cost import Costs
@@ -28,9 +38,6 @@ VIEWS = frozenset({
     "view", "reshape", "_unsafe_view", "expand", "unsqueeze", "squeeze", "transpose", "permute", "t", "slice", "select",
     "narrow", "split", "split_with_sizes", "chunk", "unbind", "flatten", "unflatten",
 })  # fmt: skip
-CASTS = frozenset({"to", "_to_copy"})
-OPERANDS = {"gemm": 6, "rows": 8}  # tensors a template's hooks may read
-OUTPUTS = 4  # tensors a kernel over rows may write
 HORIZON = 24  # nodes tried behind a product
 
 

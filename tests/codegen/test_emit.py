@@ -176,7 +176,7 @@ LINEAR = {"x": ((1, "N", 24), bf16), "w": ((16, 24), bf16), "b": ((16,), bf16), 
 
 def test_epilogue_of_two_halves():
     def half(x, w, b, y):
-        made = aten.linear.default(x, w, b)
+        made = aten.add.Tensor(aten.linear.default(x, w), b)
         gate, up = (aten.slice.Tensor(made, 2, start, start + 8) for start in (0, 8))
         return (gated(gate, up, "silu"),)
 
@@ -186,6 +186,14 @@ def test_epilogue_of_two_halves():
     assert "tl.load(e0 + (n + 8), mask=(n < 8), other=0)" in hook.source
     assert hook.helpers == {"silu"}
     compile(emit.source_of(hook), "hooks", "exec")
+
+
+def test_a_bias_inside_a_product_is_refused_not_left_out():
+    def biased(x, w, b, y):
+        return (aten.linear.default(x, w, b),)
+
+    with pytest.raises(EmitError, match="adds a bias itself"):
+        hooks_of_gemm(region(biased, LINEAR))
 
 
 def test_epilogue_adds_a_residual_and_keeps_fp32():
