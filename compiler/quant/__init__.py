@@ -1,0 +1,1 @@
+"""Low-bit number formats and how tensors are quantised to them."""
