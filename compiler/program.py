@@ -21,12 +21,16 @@ from llmopt.compiler.graph import Graph
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor that is read when asked for. `load()` returns it on the CPU with this shape and dtype."""
+    """A tensor that is read when asked for. `load()` returns it on the CPU with this shape and dtype.
+
+    `inputs` are the weights it is made of, if it is not a checkpoint's own.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
     note: str = ""
+    inputs: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -138,7 +142,12 @@ class Program:
         sources = [self.weights[n] for n in edit.inputs]
         fn = edit.fn
         note = f"{edit.label}({', '.join(edit.inputs)})"
-        self.weights[edit.name] = Weight(edit.shape, edit.dtype, lambda: fn(*(s.load() for s in sources)), note)
+        self.weights[edit.name] = Weight(edit.shape, edit.dtype, lambda: fn(*(s.load() for s in sources)), note, edit.inputs)
+
+    def origins(self, name: str) -> list[str]:
+        """The checkpoint's weights that a weight is made of, in order; itself if it is one."""
+        inputs = self.weights[name].inputs
+        return [origin for source in inputs for origin in self.origins(source)] if inputs else [name]
 
     def used_weights(self) -> Mapping[str, Weight]:
         """The weights some graph still reads, in first-use order."""

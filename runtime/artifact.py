@@ -39,7 +39,7 @@ from llmopt.runtime.serialize import graph_from_data, graph_to_data
 from llmopt.runtime.tensors import encoded, read_shards, shards, stored_names
 from llmopt.runtime.tokenizer import TOKENIZER_FILES, load_tokenizer
 
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 _AGAIN = "save the artifact again"
 _MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
@@ -96,6 +96,7 @@ def load(path: Path, runs_here: bool = True) -> Parts:
 
 def _write(folder: Folder, parts: Parts, weights: Mapping[str, Tensor], version: str) -> None:
     program = parts.program
+    placed = _write_weights(folder, program, weights)  # first, as the report tells of them
     folder.add("recipe.json", parts.recipe.to_json())
     folder.add("report.json", json.dumps(parts.report.to_dict(), indent=1))
     for name, graph in program.graphs.items():
@@ -113,7 +114,7 @@ def _write(folder: Folder, parts: Parts, weights: Mapping[str, Tensor], version:
         "choices": program.choices,
         "graphs": list(program.graphs),
         "code": native.write(folder, program, parts.regions),
-        "weights": _write_weights(folder, program, weights),
+        "weights": placed,
         "files": folder.files,
     }
     folder.add(MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))

@@ -29,6 +29,7 @@ class Report:
                     "rejected": {f"{rule}: {why}": n for (rule, why), n in r.stats.rejected.items()},
                     "attempts": r.stats.attempts,
                     "notes": list(r.stats.notes),
+                    "figures": r.stats.figures,
                     "nodes": [r.nodes_before, r.nodes_after],
                     "ms": round(r.ms, 3),
                 }
@@ -56,6 +57,7 @@ def _read_pass(entry: dict[str, Any]) -> PassReport:
         rejected=rejected,
         attempts=entry["attempts"],
         notes=list(entry["notes"]),
+        figures=dict(entry["figures"]),
     )
     before, after = entry["nodes"]
     return PassReport(entry["name"], stats, entry["ms"], before, after)
