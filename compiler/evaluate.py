@@ -1,8 +1,11 @@
-"""Run a graph on real tensors, node by node: the oracle for masks, numerics checks and bisection."""
+"""Run a graph on real tensors, node by node: the oracle for masks, numerics checks and bisection, and calibration's eye.
+
+Only what is wanted is computed, and a value is held no longer than until its last use.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,20 +24,35 @@ def evaluate(
 ) -> tuple[Any, ...]:
     """The values of `wanted` nodes (the graph's outputs by default), computing only what they need.
 
-    `inputs` are by placeholder name; `cache` keeps read weights between calls. Values are dropped after their last use.
+    `inputs` are by placeholder name; `cache` keeps read weights between calls.
     """
     roots = list(wanted) if wanted is not None else [n for n in graph.outputs() if isinstance(n, fx.Node)]
-    needed = _ancestors(roots)
+    asked = set(roots)
+    kept = {node: value for node, value in evaluated(graph, inputs, weights, roots, cache) if node in asked}
+    return tuple(kept[n] for n in roots)
+
+
+def evaluated(
+    graph: Graph,
+    inputs: Mapping[str, Tensor],
+    weights: Mapping[str, Weight],
+    wanted: Iterable[fx.Node],
+    cache: dict[str, Tensor] | None = None,
+) -> Iterator[tuple[fx.Node, Any]]:
+    """Every node that `wanted` nodes need, in the graph's order, as (node, value), each as soon as it is computed.
+
+    Values are dropped after their last use: whoever wants one longer keeps it.
+    """
+    needed = _ancestors(wanted)
     order = [n for n in graph.fx.nodes if n in needed]
-    last_use = {source: node for node in order for source in node.all_input_nodes}
+    last_use = {source: node for node in order for source in (node, *node.all_input_nodes)}
     values: dict[fx.Node, Any] = {}
-    with torch.no_grad():
-        for node in order:
-            values[node] = _run(node, inputs, weights, values, cache)
-            for source in node.all_input_nodes:
-                if last_use[source] is node and source not in roots:
-                    values.pop(source, None)
-    return tuple(values[n] for n in roots)
+    for node in order:
+        values[node] = _run(node, inputs, weights, values, cache)
+        yield node, values[node]
+        for source in (node, *node.all_input_nodes):
+            if last_use[source] is node:
+                values.pop(source, None)
 
 
 def _ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:
@@ -48,6 +66,7 @@ def _ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:
     return seen
 
 
+@torch.no_grad()
 def _run(
     node: fx.Node,
     inputs: Mapping[str, Tensor],
