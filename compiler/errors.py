@@ -59,6 +59,10 @@ class RewriteError(LlmoptError):
     """A rule broke its contract while rewriting (the graph is left as it was)."""
 
 
+class NumericsError(LlmoptError):
+    """A program computed inf or nan where a number was wanted."""
+
+
 class BuildError(LlmoptError):
     """Native code could not be built or loaded on this machine."""
 

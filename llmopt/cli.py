@@ -140,6 +140,48 @@ def bench(
 
 @app.command()
 @guarded
+def eval(
+    model: Either,
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data", "-d", metavar="FILE", help="A .safetensors file of `tokens`, a text file, or a folder of them."
+        ),
+    ],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="As in compile; an artifact has its own.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL|none",
+            help="Compare with this model or artifact; by default with MODEL uncompressed, if the recipe compresses.",
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window; each is read by itself.")] = 1024,
+    windows: Annotated[int | None, typer.Option(help="Read only so many windows; all if not given.")] = None,
+    batch: Annotated[int, typer.Option("--batch", "-b", help="Windows read side by side.")] = 1,
+    target: TargetName = None,
+    dtype: DType = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file, too.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the error layer by layer into this .png, .svg or .pdf.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity, and how far a compressed program's distributions are from the uncompressed one's.
+
+    [dim]llmopt eval examples/models/pico-llama-4m --data README.md --window 256 --dtype float32[/dim]
+    """
+    from llmopt.commands.eval import Settings, eval_model
+
+    settings = Settings(model, data, recipe, target, dtype, against, windows, window, batch)
+    eval_model(settings, as_json, out, plot)
+
+
+@app.command()
+@guarded
 def show(
     model: Either,
     recipe: RecipeName = "default",

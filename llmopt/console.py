@@ -85,6 +85,25 @@ def stages(title: str) -> Iterator[Progress]:
         yield lambda stage: status.update(f"{title}: [bold]{stage}[/bold]")
 
 
+@contextmanager
+def bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar on stderr (a terminal's only) that is told how much more is done, and a note."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda more, note: None
+        return
+    from rich import progress as rich_progress
+
+    columns = (
+        rich_progress.TextColumn("{task.description}"), rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(), rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    with rich_progress.Progress(*columns, console=console) as shown:
+        task = shown.add_task(title, total=total, note="")
+        yield lambda more, note: shown.update(task, advance=more, note=note)
+
+
 def say(text: str) -> None:
     """A remark for people, on stderr."""
     Console(stderr=True, highlight=False).print(Text(text, style="dim"), soft_wrap=True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from llmopt.compiler.graph import Graph, target_name, type_of
+from llmopt.compiler.graph import Graph, SizeType, target_name, type_of
 from llmopt.passes.partition import is_row_choice, is_view, reason_against
 
 
@@ -96,6 +96,12 @@ def outline_kernels(graph: Graph) -> dict[str, Graph]:
     return _put(graph, regions, [(r, label) for r in regions if (label := _kernel_label(r)) is not None])
 
 
+def blocks(graph: Graph) -> list[Region]:
+    """`forward` cut where one value of the hidden state alone is alive: the embedding, then each attention and each
+    MLP, with that value as their only output. What makes the logits of the last one is left out."""
+    return _cut(graph, ())[1][:-1]
+
+
 def _kernel_label(region: Region) -> str | None:
     names = {target_name(n) for n in region.nodes}
     if any(reason_against(n) is not None for n in region.nodes if not is_view(n)):
@@ -135,7 +141,7 @@ def _cut(graph: Graph, state: Collection[str]) -> tuple[Region, list[Region]]:
         if node.op == "placeholder":
             if node.name == "input_ids" or node.name in state:
                 hidden[node] = None
-        elif node.op == "call_function" and not isinstance(node.meta.get("val"), (int, torch.SymInt)):
+        elif node.op == "call_function" and not isinstance(node.meta.get("val"), (int, torch.SymInt, SizeType)):
             if any(s in hidden for s in node.all_input_nodes):
                 hidden[node] = None
             else:
@@ -167,7 +173,7 @@ def _without_slivers(pieces: list[list[fx.Node]]) -> list[list[fx.Node]]:
         if is_row_choice(piece[0]):
             merged += [pending, piece] if pending else [piece]
             pending = []
-        elif _calls_any(piece, ("linear", "attend", "aten.embedding")):
+        elif _calls_any(piece, ("linear", "quantized_linear", "attend", "attention", "aten.embedding")):
             merged.append([*pending, *piece])
             pending = []
         elif merged and not pending and _calls_any(merged[-1], ("aten.embedding",)):

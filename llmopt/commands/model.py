@@ -81,14 +81,19 @@ def opened(model: str, recipe: str | None, target: str | None, dtype: str | None
     """A model from an artifact, or compiled now."""
     if not is_artifact(model):
         return compiled(model, recipe or "default", target, dtype, progress)
+    check_artifact_options(model, recipe, target, dtype)
+    progress("loading")
+    return llmopt.load(model)
+
+
+def check_artifact_options(model: str, recipe: str | None, target: str | None, dtype: str | None) -> None:
+    """InputError if something is asked of an artifact that was decided when it was compiled."""
     given = [name for name, value in (("--recipe", recipe), ("--target", target), ("--dtype", dtype)) if value]
     if given:
         raise InputError(
             f"{model!r} is an artifact, which was compiled with its own recipe, target and dtype; leave out "
             f"{' and '.join(given)}, or compile the model again"
         )
-    progress("loading")
-    return llmopt.load(model)
 
 
 def gather(prompts: list[str], prompt_file: str | None) -> list[str]:

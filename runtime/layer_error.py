@@ -1,0 +1,103 @@
+"""Where in a model the error comes in: its hidden state layer by layer against another program's, and its weights' own.
+
+The hidden state is looked at where it alone is alive (`passes.outline.blocks`): behind the embedding, each
+attention and each MLP. Both programs run `forward`, which holds the same rewrites as the step but is not cut into
+regions, so every one of these values can be had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmopt.compiler.errors import InputError
+from llmopt.compiler.graph import origin
+from llmopt.compiler.program import Program
+from llmopt.passes.outline import Region, blocks
+from llmopt.runtime.executor import Executor
+from llmopt.runtime.loader import read_weights
+from llmopt.runtime.report import Report
+
+
+class Loaded(NamedTuple):
+    """A program with those of its weights that are in memory, and the device they lie on."""
+
+    program: Program
+    weights: Mapping[str, Tensor]
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class StreamError:
+    """How far the hidden state is off: the mean over tokens of |x - y| / |y|, y the other program's."""
+
+    name: str
+    relative: float
+
+
+@dataclass(frozen=True)
+class WeightError:
+    """A quantised weight, its scheme, and its signal to noise ratio in dB."""
+
+    name: str
+    scheme: str
+    sqnr_db: float
+
+
+def weight_errors(report: Report) -> list[WeightError]:
+    """The quantised weights of a program, in the order of its products; none if nothing was quantised or read yet."""
+    return [
+        WeightError(name, str(figures.get("scheme", "")), float(figures["sqnr_db"]))
+        for entry in report.passes
+        for name, figures in entry.stats.figures.items()
+        if "sqnr_db" in figures
+    ]
+
+
+def stream_errors(ours: Loaded, theirs: Loaded, ids: Tensor) -> list[StreamError]:
+    """The error at each place of the hidden state, in order; ids int64 [B, T], read from position 0.
+
+    Raises InputError: the programs have not the same places.
+    """
+    mine, other = hidden_states(ours, ids), hidden_states(theirs, ids)
+    if [x.shape for _, x in mine] != [y.shape for _, y in other]:
+        raise InputError(
+            f"the hidden state is alone at {len(mine)} places of one program and {len(other)} of the other, or has "
+            "another width: they cannot be compared layer by layer; leave out --plot, or compare with the same model"
+        )
+    return [
+        StreamError(name, _relative(x.double(), y.to(x.device, torch.float64)))
+        for (name, x), (_, y) in zip(mine, other, strict=True)
+    ]
+
+
+def _relative(x: Tensor, y: Tensor) -> float:
+    # token by token: the first one's state is often a hundred times the others', and would hide them
+    lengths = y.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
+    return float(((x - y).norm(dim=-1) / lengths).mean())
+
+
+def hidden_states(loaded: Loaded, ids: Tensor) -> list[tuple[str, Tensor]]:
+    """(name, hidden state [B, T, H]) at each place, for ids int64 [B, T]."""
+    graph = loaded.program.graph("forward").copy()
+    found = blocks(graph)
+    graph.fx.output_node().args = (tuple(block.outputs[0] for block in found),)
+    graph.fx.eliminate_dead_code()
+    program = replace(loaded.program, graphs={"forward": graph})
+    weights = read_weights(program, ("forward",), loaded.weights, loaded.device)
+    run = Executor(graph, weights, device=loaded.device)
+    positions = torch.arange(ids.shape[1]).expand(ids.shape).contiguous()
+    values = run(ids, positions)
+    return list(zip(map(_name, found), values if len(found) > 1 else (values,), strict=True))
+
+
+def _name(block: Region) -> str:
+    """The module that the block's last node but the sum itself comes from: `layers.0.mlp`."""
+    own = origin(block.outputs[0]).module
+    inside = [m for n in block.nodes if (m := origin(n).module).startswith(f"{own}.")]
+    rest = inside[-1].removeprefix(f"{own}.").partition(".")[0] if inside else ""
+    return ".".join(part for part in (own, rest) if part) or block.outputs[0].name
