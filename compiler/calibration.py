@@ -207,7 +207,7 @@ class _Run:
         before = 0
         for number, part in enumerate(self.parts):
             notes += part.open(self._file(number), self.digest)
-            part.run(self.program, self.windows, self.settings, lambda n, d, at=before: progress(n, at + d, total))
+            part.run(self.program, self.windows, self.settings, _counted(progress, before, total))
             before += len(self.windows) * len(part.sums)
             if self.path is not None:
                 part.close()
@@ -230,6 +230,10 @@ class _Run:
         for part in self.parts:
             part.remove()
         return made.with_tensors(StoredTensors(self.path))
+
+
+def _counted(progress: Progress, before: int, total: int) -> Callable[[str, int], None]:
+    return lambda name, done: progress(name, before + done, total)
 
 
 def _groups(shared: Mapping[tuple[fx.Node, ...], list[str]], settings: Settings) -> list[dict[str, Sums]]:

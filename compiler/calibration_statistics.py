@@ -221,7 +221,7 @@ def _pieces(metadata: Mapping[str, str], tensors: Mapping[str, LazyTensor]) -> I
     yield len(text).to_bytes(8, "little")
     yield text
     for tensor in tensors.values():
-        yield memoryview(tensor.make().contiguous().numpy()).cast("B")
+        yield tensor.make().contiguous().numpy().data.cast("B")
 
 
 def _metadata(statistics: Statistics) -> dict[str, str]:
