@@ -17,9 +17,9 @@ _EXPONENT = 0x7F800000  # where a float32 keeps its exponent
 class Element:
     """A format of `bits` bits a number: a small float, or an integer when `exponent` is 0.
 
-    Floats are sign, `exponent` bits, `mantissa` bits, with subnormals and without infinities (OCP Microscaling 1.0, 5.3;
-    OCP 8-bit floating point for e4m3); `max` is the largest. Integers are two's complement plus 2**(bits-1), so that
-    codes are not negative; `max` is the largest there, too.
+    Floats are sign, `exponent` bits, `mantissa` bits, with subnormals and without infinities (OCP Microscaling Formats
+    1.0, section 5.3; OCP 8-bit Floating Point for e4m3, which alone has a NaN). Integers are two's complement plus
+    2**(bits-1), so that codes are not negative. `max` is the largest number of either.
     """
 
     name: str
@@ -44,20 +44,19 @@ class Element:
         return 0 if self.is_float else 1 << (self.bits - 1)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Codes (uint8) of the numbers nearest to `x` (float, any shape), ties to the even code, too large ones to `max`.
+        """Codes (uint8) of the numbers nearest to `x` (float, any shape): ties to the even code, at most `max`.
 
         What rounds to zero has the code of zero, whatever its sign. NaN has no code: the result is arbitrary.
         """
-        x = x.float()
+        value = self.nearest(x)
         if not self.is_float:
-            half = 1 << (self.bits - 1)
-            return (self.nearest(x) + half).to(torch.uint8)
-        power, count = self._rounded(x)
-        binade = (power.view(torch.int32) >> 23) - (127 + self.lowest_exponent)
-        # counting steps carries into the next binade by itself: 2**(mantissa+1) steps are its first code
-        magnitude = (binade << self.mantissa) + count.to(torch.int32)
-        negative = (x < 0) & (magnitude > 0)
-        return (magnitude + (negative.to(torch.int32) << (self.bits - 1))).to(torch.uint8)
+            return (value + self.zero).to(torch.uint8)
+        size = value.abs()
+        subnormal = size * 2.0 ** (self.mantissa - self.lowest_exponent)
+        # a normal number's code is the top of its float32, with another bias
+        normal = (size.view(torch.int32) >> (23 - self.mantissa)) - ((126 + self.lowest_exponent) << self.mantissa)
+        magnitude = torch.where(size < 2.0**self.lowest_exponent, subnormal.to(torch.int32), normal)
+        return (magnitude + ((value < 0).to(torch.int32) << (self.bits - 1))).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         """The numbers (float32) that `codes` (uint8, any shape) stand for."""
@@ -76,20 +75,15 @@ class Element:
         return torch.where(wide >> (self.bits - 1) > 0, -value, value)
 
     def nearest(self, x: Tensor) -> Tensor:
-        """`decode(encode(x))` (float32) without the codes; NaN stays NaN and zeros keep their sign."""
+        """`decode(encode(x))` (float32) without the codes in between; NaN stays NaN."""
         x = x.float()
         if not self.is_float:
-            half = 1 << (self.bits - 1)
-            return x.clamp(-half, half - 1).round()
-        power, count = self._rounded(x)
-        return torch.copysign(count * power * 2.0**-self.mantissa, x)
-
-    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """For |x| held below `max`: the power of two of its binade, and how many steps of that binade are nearest."""
-        size = x.abs().clamp(max=self.max)
-        power = (size.view(torch.int32) & _EXPONENT).view(torch.float32).clamp(min=2.0**self.lowest_exponent)
-        # powers of two divide exactly, so that the only rounding is the last one, which takes ties to even
-        return power, (size * 2.0**self.mantissa / power).round()
+            return x.clamp(-self.zero, self.zero - 1).round_()
+        held = x.clamp(-self.max, self.max)
+        binade = (held.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=2.0**self.lowest_exponent)
+        # beside 1.5 * 2**23 steps of its binade a float32 has room for whole steps only, and rounds ties to even
+        anchor = binade.mul_(1.5 * 2.0 ** (23 - self.mantissa))
+        return held.add_(anchor).sub_(anchor)
 
 
 ELEMENTS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,14 @@ from torch import Tensor
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.quant.packing import pack, unpack
 from llmopt.compiler.quant.scales import (
+    E4M3_MAX,
+    block_losses,
+    block_scales,
+    check_rule,
     decoded_scales,
     global_scale_of,
     rounded_scales,
+    scales_from,
     wanted_scales,
     zero_points_of,
 )
@@ -28,10 +33,10 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class QuantizedTensor:
     """A matrix of `shape` (N, K) in low-bit codes: w = value(code - zero point) * scale * global scale.
 
-    `codes` uint8 [N, Kp], one a byte, Kp = K padded up to the group with the code of 0. `scales` [N, Kp/group] (a row's:
-    [N, 1]; fp8_block: [N/128, Kp/128] rounded up; a tensor's: [1, 1]) in the scheme's `scale_dtype`. `global_scale`
-    float32 [], a multiplier. `zero_points` uint8 as `scales`, in codes. `squared_error` and `energy`: sums of (w - w')^2
-    and w^2 over the tensor, in fp64.
+    `codes` uint8 [N, Kp], one a byte, Kp = K padded up to the group with codes that stand for 0. `scales`
+    [N, Kp/group] (one a row: [N, 1]; fp8_block: [N/128, Kp/128] rounded up; one a tensor: [1, 1]) in the scheme's
+    `scale_dtype`. `global_scale` float32 [], a multiplier. `zero_points` uint8 as `scales`, in codes. `squared_error`
+    and `energy`: sums of (w - w')^2 and w^2 over the tensor, in fp64.
     """
 
     scheme: Scheme
@@ -68,6 +73,7 @@ class QuantizedTensor:
         return codes + sum(tensor.nbytes for tensor in others if tensor is not None)
 
 
+@torch.no_grad()
 def quantize(
     tensor: Tensor,
     scheme: str | Scheme,
@@ -75,45 +81,51 @@ def quantize(
     *,
     weight: Tensor | None = None,
     global_scale: Tensor | None = None,
-    scale_max: float = 448.0,
+    scale_max: float = E4M3_MAX,
     rows_at_once: int | None = None,
 ) -> QuantizedTensor:
-    """Quantise a matrix [N, K] (float16, bfloat16, float32 or float64; arithmetic is float32) to the nearest codes."""
+    """Quantise a matrix [N, K] (float16, bfloat16, float32 or float64; arithmetic is float32), each element to nearest.
+
+    `scale` is the rule of scales: "max" by the largest element; "search" tries neighbours and keeps the one with the
+    least squared error of each block; for nvfp4 also "optimal", "fast", "four-six" and "all" (see `scales`). `weight`
+    [K] counts squared errors of columns in a search (a Hessian's diagonal; not negative). nvfp4 alone: `global_scale`
+    [] instead of the tensor's own (layers that run as one need a common one), and `scale_max`, what the largest block
+    scale becomes: 448 leaves it no room to grow in a search, 256 does. `rows_at_once` bounds memory; the result does
+    not depend on it.
+
+    Raises `InputError`: no matrix, empty, not floating, not finite, unknown scheme, rule or option that it cannot have.
+    """
     scheme = scheme_of(scheme) if isinstance(scheme, str) else scheme
-    rows, columns = tensor.shape
-    low, high = _range(tensor, rows_at_once or rows)
-    if scheme.has_global and global_scale is None:
+    check_rule(scale, scheme)
+    _check_matrix(tensor)
+    _check_options(weight, global_scale, scale_max, scheme, tensor.shape[1])
+    low, high = _range(tensor)
+    if global_scale is not None:
+        global_scale = global_scale.to(tensor.device, torch.float32).reshape(())
+    elif scheme.has_global:
         global_scale = global_scale_of(torch.maximum(high, -low), scheme, scale_max)
-    shape, padded = scheme.scales_shape(rows, columns), scheme.padded(columns)
-    device = tensor.device
-    codes = torch.empty(rows, padded, dtype=torch.uint8, device=device)
-    scales = torch.empty(shape, dtype=scheme.scale_dtype, device=device)
-    zero_points = None if scheme.symmetric else torch.empty(shape, dtype=torch.uint8, device=device)
-    lost = energy = 0.0
-    for start, stop in _chunks(rows, columns, scheme, rows_at_once):
-        part = F.pad(tensor[start:stop].float(), (0, padded - columns))
-        blocks = to_blocks(part, scheme)
-        if scheme.rows == 0:
-            part_low, part_high = low, high
-        else:
-            part_low, part_high = blocks.amin(-1), blocks.amax(-1)
-        wanted = wanted_scales(part_low, part_high, scheme, global_scale)
-        found = rounded_scales(wanted, scheme)
-        zeros = None if scheme.symmetric else zero_points_of(part_low, wanted, scheme)
-        steps = decoded_scales(found, scheme, global_scale)
-        part_codes = from_blocks(encode(blocks, steps, zeros, scheme), stop - start, scheme)
+    shared = None
+    if scheme.rows == 0:
+        shared = _tensor_scales(low, high, scheme, scale, lambda: _blocks(tensor, scheme, rows_at_once, weight))
+    shape = scheme.scales_shape(*tensor.shape)
+    codes = tensor.new_empty((tensor.shape[0], scheme.padded(tensor.shape[1])), dtype=torch.uint8)
+    scales = tensor.new_empty(shape, dtype=scheme.scale_dtype)
+    zero_points = None if scheme.symmetric else tensor.new_empty(shape, dtype=torch.uint8)
+    squared_error = energy = 0.0
+    for start, stop, blocks, importance in _blocks(tensor, scheme, rows_at_once, weight):
+        found, zeros = shared or block_scales(blocks, scheme, scale, global_scale, importance)
+        codes[start:stop] = from_blocks(encode(blocks, found, global_scale, zeros, scheme), stop - start, scheme)
         first = start // scheme.rows if scheme.rows else 0
-        if scheme.rows == 0:
-            scales.fill_(found)
-        else:
-            scales[first : first + found.shape[0]] = found
-        if zero_points is not None and zeros is not None:
+        scales[first : first + found.shape[0]] = found
+        if zero_points is not None:
             zero_points[first : first + found.shape[0]] = zeros
-        codes[start:stop] = part_codes
-        back = _restored(part_codes, found.view(-1, shape[1]), global_scale, zeros, scheme)
-        lost += float((part.double() - back.double()).square().sum())
-        energy += float(part.double().square().sum())
-    return QuantizedTensor(scheme, (rows, columns), codes, scales, global_scale, zero_points, lost, energy)
+        restored = _restored(codes[start:stop], found, global_scale, zeros, scheme)[:, : tensor.shape[1]].double()
+        original = tensor[start:stop].double()
+        energy += float(original.square().sum())
+        squared_error += float((restored - original).square().sum())
+    return QuantizedTensor(
+        scheme, (tensor.shape[0], tensor.shape[1]), codes, scales, global_scale, zero_points, squared_error, energy
+    )
 
 
 def dequantize(
@@ -154,9 +166,11 @@ def fake_quantize(x: Tensor, scheme: Scheme) -> Tensor:
     return back.flatten(-2)[..., :columns].to(x.dtype)
 
 
-def encode(blocks: Tensor, steps: Tensor, zero_points: Tensor | None, scheme: Scheme) -> Tensor:
-    """Codes (uint8 [.., n]) of `blocks` (float32 [.., n]) whose units are worth `steps` (float32 [..])."""
-    units = blocks / steps.unsqueeze(-1)
+def encode(
+    blocks: Tensor, scales: Tensor, global_scale: Tensor | None, zero_points: Tensor | None, scheme: Scheme
+) -> Tensor:
+    """Codes (uint8 [.., n]) of `blocks` (float32 [.., n]) with `scales` and `zero_points` [..] as they are stored."""
+    units = blocks / decoded_scales(scales, scheme, global_scale).unsqueeze(-1)
     if zero_points is not None:
         units = units + (zero_points.float() - scheme.element.zero).unsqueeze(-1)
     return scheme.element.encode(units)
@@ -196,15 +210,75 @@ def _restored(
     return (values * steps.unsqueeze(-1)).flatten(1)
 
 
-def _chunks(rows: int, columns: int, scheme: Scheme, at_once: int | None) -> Iterator[tuple[int, int]]:
-    """(first, end) of rows to do together: a quarter million elements, whole tiles."""
+def _blocks(
+    tensor: Tensor, scheme: Scheme, rows_at_once: int | None, weight: Tensor | None
+) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+    """(first row, end, blocks, their weights) of a few rows after the other, whole tiles each."""
+    rows, columns = tensor.shape
     height = max(scheme.rows, 1)
-    at_once = max(1, (at_once or 2**18 // columns) // height) * height
+    # what stays in a processor's cache; a GPU wants more to do at once
+    at_once = rows_at_once or (2**18 if tensor.device.type == "cpu" else 2**24) // columns
+    at_once = max(at_once // height, 1) * height
+    padding = (0, scheme.padded(columns) - columns)
+    if weight is not None:
+        weight = F.pad(weight.to(tensor.device, torch.float32) / weight.amax().clamp(min=1e-30), padding)
     for start in range(0, rows, at_once):
-        yield start, min(start + at_once, rows)
+        stop = min(start + at_once, rows)
+        importance = None if weight is None else to_blocks(weight.expand(stop - start, -1), scheme)
+        yield start, stop, to_blocks(F.pad(tensor[start:stop].float(), padding), scheme), importance
 
 
-def _range(tensor: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest element, float32 []."""
-    low, high = torch.aminmax(tensor)
-    return low.float(), high.float()
+def _tensor_scales(
+    low: Tensor,
+    high: Tensor,
+    scheme: Scheme,
+    rule: str,
+    source: Callable[[], Iterator[tuple[int, int, Tensor, Tensor | None]]],
+) -> tuple[Tensor, Tensor | None]:
+    """The one scale [1, 1] of a tensor, whose losses are sums over all of its parts."""
+
+    def losses(steps: Tensor, zero_points: Tensor | None) -> Tensor:
+        parts = (block_losses(blocks, steps, zero_points, scheme, weight) for _, _, blocks, weight in source())
+        return sum((part.double() for part in parts), torch.zeros_like(steps, dtype=torch.float64))
+
+    return scales_from(low.reshape(1, 1), high.reshape(1, 1), scheme, rule, None, losses)
+
+
+def _range(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest element, float32 []; raises `InputError` where one is not finite."""
+    low, high = (end.float() for end in torch.aminmax(tensor))
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        bad = ~torch.isfinite(tensor.float())
+        row = int(bad.any(1).nonzero()[0])
+        column = int(bad[row].nonzero()[0])
+        raise InputError(
+            f"{int(bad.sum())} of {tensor.numel()} elements are not finite in float32, the first at [{row}, {column}] "
+            f"({tensor[row, column].item()}); only finite numbers can be quantised"
+        )
+    return low, high
+
+
+def _check_matrix(tensor: Tensor) -> None:
+    """Raise `InputError` unless `tensor` is a matrix of floats with something in it."""
+    seen = f"got {tensor.dtype} {list(tensor.shape)}"
+    if tensor.dtype not in _FLOATS:
+        raise InputError(f"only float16, bfloat16, float32 and float64 can be quantised; {seen}")
+    if tensor.dim() != 2 or not tensor.numel():
+        raise InputError(f"only matrices [N, K] with elements can be quantised; {seen}: reshape it")
+
+
+def _check_options(
+    weight: Tensor | None, global_scale: Tensor | None, scale_max: float, scheme: Scheme, columns: int
+) -> None:
+    """Raise `InputError` for what `scheme` cannot have and for values out of range."""
+    if weight is not None and (list(weight.shape) != [columns] or not bool((weight.isfinite() & (weight >= 0)).all())):
+        raise InputError(
+            f"weight is to be [{columns}], finite and not negative, an importance for each column; "
+            f"got {list(weight.shape)} from {weight.min().item()} to {weight.max().item()}"
+        )
+    if not scheme.has_global and (global_scale is not None or scale_max != E4M3_MAX):
+        raise InputError(f"{scheme.name} has no global scale; leave out global_scale and scale_max")
+    if not 0 < scale_max <= E4M3_MAX:
+        raise InputError(f"scale_max is {scale_max}; wanted above 0 and at most {E4M3_MAX}, the largest e4m3 number")
+    if global_scale is not None and not (global_scale.numel() == 1 and 0 < global_scale.item() < math.inf):
+        raise InputError(f"global_scale is {global_scale}; wanted one positive number")
