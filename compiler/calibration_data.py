@@ -1,4 +1,4 @@
-"""Tokens to calibrate with: from a token file, text, a folder of texts, or ids; cut into windows.
+"""Tokens to calibrate with, or to measure on: from a token file, text, a folder of texts, or ids; cut into windows.
 
 Every source becomes a list of sequences (a file, a row, a list each), a sequence becomes windows that are read on their
 own from position 0, so no text sees another.
@@ -22,7 +22,9 @@ TokenSource = str | Path | Tensor | Sequence[Any]
 KEY = "tokens"
 
 
-def read_tokens(source: TokenSource, vocab_size: int, encode: Encode | None = None) -> list[Tensor]:
+def read_tokens(
+    source: TokenSource, vocab_size: int, encode: Encode | None = None, purpose: str = "calibration"
+) -> list[Tensor]:
     """The sequences (int64 [T] each, none empty) that `source` holds, the whole of it.
 
     A path: a safetensors file with integers `tokens` [T] or [B, T]; a UTF-8 text file; a folder of such text files,
@@ -136,7 +138,7 @@ def _folder(path: Path, what: str, encode: Encode | None) -> list[Tensor]:
     names = sorted(n for n in found if not any(part.startswith(".") for part in n.split("/")))
     if not names:
         raise InputError(f"{what}: the folder has no files, wanted text files; give another folder")
-    return [_text(found[name], f"calibration {str(found[name])!r}", encode) for name in names]
+    return [_text(found[name], f"{what}, file {name!r}", encode) for name in names]
 
 
 def _text(path: Path, what: str, encode: Encode | None) -> Tensor:

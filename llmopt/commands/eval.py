@@ -181,7 +181,7 @@ def _opened(parts: Parts, settings: Settings) -> CompiledModel:
 def _windows(model: CompiledModel, settings: Settings) -> list[Tensor]:
     """Windows [W + 1] of the data; a folder's files follow one another as one text."""
     encode = _encoder(model.tokenizer) if Path(settings.data).suffix != ".safetensors" else None
-    texts = read_tokens(settings.data, model.program.facts.vocab_size, encode)
+    texts = read_tokens(settings.data, model.program.facts.vocab_size, encode, "data")
     if Path(settings.data).is_dir():
         texts = [torch.cat(texts)]
     return windows(texts, settings.window, settings.windows)
