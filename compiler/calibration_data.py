@@ -30,9 +30,9 @@ def read_tokens(
     A path: a safetensors file with integers `tokens` [T] or [B, T]; a UTF-8 text file; a folder of such text files,
     read in the order of their paths, hidden ones left out. Otherwise token ids ([T], [B, T], or a list of sequences) or
     a list of texts. `encode` makes ids of a text. Raises InputError for what is empty, unreadable, or no id of this
-    vocabulary.
+    vocabulary; it begins with the `purpose`.
     """
-    what = f"calibration {str(source)!r}" if isinstance(source, (str, Path)) else "calibration"
+    what = f"{purpose} {str(source)!r}" if isinstance(source, (str, Path)) else purpose
     sequences = [s for s in _sequences(source, what, encode) if s.numel()]
     if not sequences:
         raise InputError(
