@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmopt.compiler.errors import InputError, did_you_mean
-from llmopt.compiler.quant.quantize import QuantizedTensor, encode, quantize
+from llmopt.compiler.quant.quantize import QuantizedTensor, quantize
 from llmopt.compiler.quant.scales import decoded_scales
 from llmopt.compiler.quant.schemes import Scheme, scheme_of
 
@@ -64,9 +64,7 @@ def gptq(
         moment = moment[columns][:, columns]
     upper = _inverse_factor(moment, damping, say)
     del moment
-    grid = _Grid(
-        replace(start, scales=start.scales.clone()), scale, weight, scale_max, scheme.group > 0 and order == "none"
-    )
+    grid = _Grid(start, scale, weight, scheme.group > 0 and order == "none")
     _sweep(tensor.double().T[columns].contiguous(), upper, columns.tolist(), grid, block)
     return grid.finished(tensor)
 
@@ -147,7 +145,6 @@ class _Grid:
     made: QuantizedTensor
     rule: str
     weight: Tensor | None
-    scale_max: float
     chooses: bool  # scales are chosen on the way
 
     def choose(self, group: Tensor, first: int) -> None:
@@ -160,7 +157,6 @@ class _Grid:
             self.rule,
             weight=weight,
             global_scale=made.global_scale,
-            scale_max=self.scale_max,
         )
         at = first // made.scheme.group
         made.scales[:, at] = part.scales[:, 0]
@@ -173,13 +169,14 @@ class _Grid:
         made, scheme = self.made, self.made.scheme
         at = index // scheme.group if scheme.group else 0
         steps = self._by_row(decoded_scales(made.scales[:, at], scheme, made.global_scale))
-        zeros = None if made.zero_points is None else self._by_row(made.zero_points[:, at])
-        codes = encode(column.float()[:, None], steps, zeros, scheme)[:, 0]
+        units, shift = column.float() / steps, None
+        if made.zero_points is not None:
+            shift = self._by_row(made.zero_points[:, at]).float() - scheme.element.zero
+            units = units + shift
+        codes = scheme.element.encode(units)
         made.codes[:, index] = codes
         values = scheme.element.decode(codes)
-        if zeros is not None:
-            values = values - (zeros.float() - scheme.element.zero)
-        return values * steps
+        return (values if shift is None else values - shift) * steps
 
     def _by_row(self, shared: Tensor) -> Tensor:
         rows, together = self.made.shape[0], self.made.scheme.rows
