@@ -15,12 +15,15 @@ from llmopt.compiler.recipe import Recipe  # noqa: E402
 from llmopt.compiler.target import Target  # noqa: E402
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llmopt.compiler.program import ModelFacts
+    from llmopt.compiler.quant import QuantizedTensor
     from llmopt.model import CompiledModel
 
 __version__ = "0.1.0"
 
-__all__ = ["Recipe", "Target", "compile", "load"]
+__all__ = ["Recipe", "Target", "compile", "load", "quantize"]
 
 
 def compile(
@@ -67,3 +70,39 @@ def load(path: str | os.PathLike[str], *, cache_bytes: int | None = None) -> Com
     from llmopt.runtime.artifact import load as load_parts
 
     return CompiledModel(*load_parts(Path(path)), cache_bytes)
+
+
+def quantize(
+    tensor: Tensor,
+    scheme: str,
+    scale: str = "max",
+    *,
+    weight: Tensor | None = None,
+    global_scale: Tensor | None = None,
+    scale_max: float = 448.0,
+) -> QuantizedTensor:
+    """Quantise a matrix [N, K] (float16, bfloat16, float32, float64) to low-bit codes; `.dequantize()` restores it.
+
+    `scheme`: `nvfp4`, `mxfp4`, `mxfp6_e2m3`, `mxfp6_e3m2`, `mxfp8`, `fp8` (one scale a tensor), `fp8_channel`,
+    `fp8_block`, `int8`, `int8_g128`, `int4_g32`, `int4_g64`, `int4_g128`, the latter three with `_asym`, too. Any K:
+    the last group may be short.
+
+    `scale` chooses scales: `max` by the largest element of a block, as compressed-tensors; `search` keeps the one with
+    the least squared error among its neighbours, never worse than `max` (ScaleSearch, arXiv 2605.12464; a grid of
+    smaller ones for float scales). For nvfp4 also `optimal` (a window no best scale lies outside of) and `fast`
+    (ScaleSweep, arXiv 2606.07618), `four-six` (Four Over Six, arXiv 2512.02010) and `all` codes. `weight` [K], not
+    negative, says how much errors of each column count in a search, such as the diagonal of a layer's Hessian.
+
+    For nvfp4: `global_scale` [] shares the tensor's scale with others; `scale_max` is what the largest block scale
+    becomes (448; with 256 a search can raise it).
+
+    The result's `codes` are uint8 [N, K up to a whole group], `scales` [N, groups], `global_scale` float32 [] or None,
+    `zero_points` as scales or None; `.error()` is the relative squared error, `.sqnr()` the same in dB, `.packed()` the
+    codes without room between them.
+
+    Raises `llmopt.compiler.errors.InputError`: no matrix, empty, not floating, NaN or infinite, an unknown scheme or
+    rule, or an option that the scheme cannot have.
+    """
+    from llmopt.compiler.quant import quantize
+
+    return quantize(tensor, scheme, scale, weight=weight, global_scale=global_scale, scale_max=scale_max)

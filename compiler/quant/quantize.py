@@ -145,17 +145,15 @@ def dequantize(
 def fake_quantize(x: Tensor, scheme: Scheme) -> Tensor:
     """`x` [..., K] quantised by the rule of the largest element and back, as activations are at run time; same dtype.
 
-    Groups run along K of every row of K; a scheme without groups has one scale a row (fp8: one for the whole tensor),
-    and a global scale is the whole tensor's. Computed in float32.
+    Groups run along K of every row [K], which has a global scale of its own, too; a scheme without groups has one scale
+    a row. So what a row becomes does not depend on the others, and a token's result not on who else is in its batch.
+    Computed in float32.
     """
     columns = x.shape[-1]
     wide = F.pad(x.float(), (0, scheme.padded(columns) - columns))
     blocks = wide.unflatten(-1, (-1, scheme.group)) if scheme.group else wide.unsqueeze(-2)
-    if scheme.rows == 0:
-        low, high = blocks.amin(), blocks.amax()
-    else:
-        low, high = blocks.amin(-1), blocks.amax(-1)
-    scale = global_scale_of(x.abs().amax(), scheme) if scheme.has_global else None
+    low, high = blocks.amin(-1), blocks.amax(-1)
+    scale = global_scale_of(x.abs().amax(-1, keepdim=True), scheme) if scheme.has_global else None
     wanted = wanted_scales(low, high, scheme, scale)
     steps = decoded_scales(rounded_scales(wanted, scheme), scheme, scale).unsqueeze(-1)
     if scheme.symmetric:

@@ -53,9 +53,9 @@ def check_rule(rule: str, scheme: Scheme) -> None:
 
 
 def global_scale_of(amax: Tensor, scheme: Scheme, scale_max: float = E4M3_MAX) -> Tensor:
-    """The tensor's own scale, float32 []: it turns the largest block scale into `scale_max`. 1 for a tensor of zeros.
+    """The scale (float32, shape of `amax`) that turns the scale of a block with `amax` into `scale_max`; 1 for zeros.
 
-    compressed-tensors stores the reciprocal.
+    compressed-tensors stores the reciprocal of a tensor's (generate_gparam).
     """
     scale = (amax.float() / (scale_max * scheme.element.max)).clamp(min=_TINY)
     return torch.where(amax > 0, scale, torch.ones_like(scale))

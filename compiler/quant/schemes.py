@@ -77,8 +77,8 @@ SCHEMES = {
     )
 }
 
-# The names are compressed-tensors'. Its static scales of activations (NVFP4's global one, FP8's only one) are taken
-# from the tensor at run time here.
+# (weights, activations) by compressed-tensors' names. Its static scales of activations (NVFP4's global one, FP8's only
+# one) are taken from every token at run time here.
 PRESETS: dict[str, tuple[str, str | None]] = {
     "NVFP4A16": ("nvfp4", None),
     "NVFP4": ("nvfp4", "nvfp4"),
