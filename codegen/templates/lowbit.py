@@ -1,0 +1,248 @@
+"""Matrix product with low-bit weights for a few tokens (up to 64): y = EPILOGUE(W x), with the RMSNorm of x on the way.
+
+As in `gemm` the weights are the left operand and the tokens its columns, padded to 8 or more; here they come as words
+of several weights each (`lowbit_layout`) and become bf16 in the registers that the product reads. With few tokens,
+programs are small and their products are mma's: of one warp, or of SLICES warps along K (a batch dimension), so that
+no warp waits for another while it streams. From 16 tokens on four warps share wgmma's (BLOCK_J >= 64, num_warps 4).
+
+Scales of 16 or 32 weights go on the weights, which stays exact in bf16 (E2M1 times E4M3 has 6 bits); those of more go
+on the sums of their group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from llmopt.codegen.templates.lowbit_tile import (
+    INTERPRETED,
+    constant_operand,
+    in_order,
+    load_byte_scales,
+    load_group_scales,
+    load_words,
+    operand,
+)
+from llmopt.codegen.templates.paged import drain
+from llmopt.compiler.target import Target
+
+
+@triton.jit
+def _part(
+    w, scales, stripe, first, ELEMENT: tl.constexpr, SIDE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr,
+    OWN: tl.constexpr, KP: tl.constexpr, BATCH: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+    END: tl.constexpr,
+):  # fmt: skip
+    """(operand of these stripes' columns from `first` on, scale of its sums as fp32 [BATCH, rows, 1] or [rows, 1])."""
+    S: tl.constexpr = stripe.shape[0]
+    a, b, c = load_words(w, stripe, first, ELEMENT, KP, BATCH * BLOCK_K, END)
+    factor = None
+    if SIDE == "weights":
+        GROUPS: tl.constexpr = BATCH * BLOCK_K // (4 * OWN)
+        put = load_byte_scales(scales, stripe, first, SCALE, KP, BATCH * BLOCK_K, OWN, END)
+    elif SIDE == "sums":
+        GROUPS: tl.constexpr = BATCH
+        group = load_group_scales(scales, stripe, first, GROUP, KP, BATCH)
+        if SCALE == "zeros":
+            factor = (group & -65536).to(tl.float32, bitcast=True)
+            put = _beside((group & 65535) * 65537)
+        elif SCALE == "float32":
+            factor = group
+            put = _beside(constant_operand(group.to(tl.int32, bitcast=True), ELEMENT))
+        else:
+            factor = group.to(tl.float32)
+            put = _beside(constant_operand(group.to(tl.int16, bitcast=True), ELEMENT))
+        factor = tl.permute(factor, 1, 0, 2)
+        if BATCH == 1:
+            factor = tl.reshape(factor, [S * 16, 1])
+        else:
+            factor = tl.reshape(factor, [BATCH, S * 16, 1])
+    else:
+        GROUPS: tl.constexpr = 1
+        put = constant_operand(tl.zeros([1, 1, 1, 1, 1, 1], tl.int32), ELEMENT)
+    return operand(a, b, c, put, ELEMENT, GROUPS, BATCH, BLOCK_K, WIDE), factor
+
+
+@triton.jit
+def _beside(group):
+    # [S, groups, 16] as the words are placed
+    group = tl.permute(tl.reshape(group, [group.shape[0], group.shape[1], 2, 8]), 0, 2, 3, 1)
+    return group[:, :, :, :, None, None]
+
+
+@triton.jit
+def _product(a, x, acc, factor, SIDE: tl.constexpr, DRAIN: tl.constexpr):
+    # a [BATCH, R, K], x [BATCH, K, M] or both without BATCH; acc [R, M], or [BATCH, R, M] where sums are not scaled
+    if INTERPRETED:  # which would multiply the integers that it keeps bf16 in
+        a = a.to(tl.float32)
+        x = x.to(tl.float32)
+    if SIDE == "sums":
+        part = tl.dot(a, x, input_precision="ieee") * factor
+        if len(part.shape) == 3:
+            part = tl.sum(part, axis=0)
+        acc += part
+    else:
+        acc = tl.dot(a, x, acc, input_precision="ieee")
+    if DRAIN:  # the product reads the weights from registers while it runs
+        drain()
+    return acc
+
+
+@triton.jit
+def _squares(x):
+    # eight neighbouring columns lie in one thread, so that no thread needs another
+    return tl.sum(tl.reshape(x * x, [x.shape[0], x.shape[1] // 8, 8]), axis=2)
+
+
+@triton.jit
+def _finish(
+    acc0, acc1, squares, first, factor, y, e0, e1, e2, e3, e4, e5, N,
+    K: tl.constexpr, J: tl.constexpr, OFFSET0: tl.constexpr, OFFSET1: tl.constexpr, PARTS: tl.constexpr,
+    FACTORS: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    m = tl.arange(0, acc0.shape[1])[None, :]
+    n = first + tl.arange(0, acc0.shape[0])[:, None]
+    if NORM:
+        scale = tl.rsqrt(squares / K + EPS)[None, :]
+        acc0 = acc0 * scale
+        if PARTS == 2:
+            acc1 = acc1 * scale
+    if FACTORS == 1:
+        whole = tl.load(factor)
+        acc0 = acc0 * whole
+        if PARTS == 2:
+            acc1 = acc1 * whole
+    if FACTORS == 2:
+        acc0 = acc0 * tl.load(factor + OFFSET0 + n, mask=n < J, other=0.0)
+        if PARTS == 2:
+            acc1 = acc1 * tl.load(factor + OFFSET1 + n, mask=n < J, other=0.0)
+    if PARTS == 1:
+        acc1 = acc0
+    ok = (m < N) & (n < J)
+    value = EPILOGUE(acc0, acc1, m, n, ok, e0, e1, e2, e3, e4, e5)
+    tl.store(y + m * J + n, value.to(y.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["N"])
+def lowbit(  # noqa: C901
+    w, scales, factor, y, e0, e1, e2, e3, e4, e5, N, tickets, partial,
+    ELEMENT: tl.constexpr, SIDE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, FACTORS: tl.constexpr,
+    K: tl.constexpr, J: tl.constexpr, OFFSET0: tl.constexpr, OFFSET1: tl.constexpr, PARTS: tl.constexpr,
+    NORM: tl.constexpr, EPS: tl.constexpr, LOAD_X: tl.constexpr, LOAD_G: tl.constexpr, EPILOGUE: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, SLICES: tl.constexpr, UNROLL: tl.constexpr,
+    SPLIT_K: tl.constexpr, WIDE: tl.constexpr, DRAIN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y[m, j] = EPILOGUE of row OFFSET0 + j (and OFFSET1 + j) of W [F, K] with X[m], m < N <= max(BLOCK_M, 8).
+
+    w, scales, factor: `lowbit_layout`'s (None where it makes none); ELEMENT, SIDE, GROUP: the scheme's; SCALE e4m3,
+    e8m0, bfloat16, float32, or "zeros" where zero points stand beside; FACTORS 0 none, 1 one, 2 one a row. X is LOAD_X,
+    with NORM times LOAD_G, rounded to bf16, and the sums divided by the root of the mean of LOAD_X's squares plus EPS.
+    BLOCK_M 1: the one token is loaded once for all eight columns. A step is of SLICES * UNROLL times BLOCK_K columns,
+    which SLICES warps share. Grid (cdiv(J, BLOCK_J), SPLIT_K). With SPLIT_K > 1: tickets i32 [cdiv(J, BLOCK_J)], zero
+    before and after, partial fp32 [cdiv(J, BLOCK_J) * SPLIT_K * (PARTS * BLOCK_J + NORM) * max(BLOCK_M, 8)]. WIDE:
+    wgmma; DRAIN: its products of a step end before the next step's weights are made.
+    """
+    OWN: tl.constexpr = GROUP if SIDE == "weights" else 8
+    KP: tl.constexpr = (K + 255) // 256 * 256
+    BATCH: tl.constexpr = SLICES * UNROLL
+    SPAN: tl.constexpr = BATCH * BLOCK_K
+    STEPS: tl.constexpr = (KP + SPAN * SPLIT_K - 1) // (SPAN * SPLIT_K)
+    END: tl.constexpr = None if KP % (SPAN * SPLIT_K) == 0 else KP
+    MASKED: tl.constexpr = K % (SPAN * SPLIT_K) != 0
+    COLUMNS: tl.constexpr = max(BLOCK_M, 8)
+    S: tl.constexpr = BLOCK_J // 16
+    first = tl.program_id(0) * BLOCK_J
+    split = tl.program_id(1)
+    stripe = tl.program_id(0) * S + tl.arange(0, S)
+    if J % BLOCK_J != 0:
+        stripe = tl.minimum(stripe, (J - 1) // 16)  # stripes past the end repeat the last one; they are not stored
+    stripe = stripe.to(tl.int64)
+    if SIDE == "sums" or BATCH == 1:
+        acc0 = tl.zeros([BLOCK_J, COLUMNS], tl.float32)
+    else:
+        acc0 = tl.zeros([BATCH, BLOCK_J, COLUMNS], tl.float32)
+    acc1 = acc0
+    m = tl.arange(0, BLOCK_M)[:, None]
+    squares = tl.zeros([BLOCK_M, SPAN // 8], tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for step in range(STEPS):
+        start = (split * STEPS + step) * SPAN
+        k = start + tl.arange(0, SPAN)[None, :]
+        whole = k < K if MASKED else tl.full([1, 1], True, tl.int1)
+        a0, f0 = _part(w, scales, stripe + OFFSET0 // 16, start, ELEMENT, SIDE, SCALE, GROUP, OWN, KP, BATCH, BLOCK_K,
+                       WIDE, END)  # fmt: skip
+        if PARTS == 2:
+            a1, f1 = _part(w, scales, stripe + OFFSET1 // 16, start, ELEMENT, SIDE, SCALE, GROUP, OWN, KP, BATCH,
+                           BLOCK_K, WIDE, END)  # fmt: skip
+        x = LOAD_X(m, k, (m < N) & whole, e0, e1, e2, e3, e4, e5)
+        if NORM:
+            squares += _squares(x)
+            x = x * LOAD_G(k, whole, e0, e1, e2, e3, e4, e5)
+        x = in_order(x.to(tl.bfloat16), OWN, BATCH, BLOCK_K, WIDE)
+        if BLOCK_M < 8:
+            if BATCH == 1:
+                x = tl.broadcast_to(x, [BLOCK_K, COLUMNS])
+            else:
+                x = tl.broadcast_to(x, [BATCH, BLOCK_K, COLUMNS])
+        acc0 = _product(a0, x, acc0, f0, SIDE, DRAIN)
+        if PARTS == 2:
+            acc1 = _product(a1, x, acc1, f1, SIDE, DRAIN)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    square = tl.sum(squares, axis=1)
+    if BLOCK_M < 8:
+        square = tl.broadcast_to(square, [COLUMNS])
+    if SIDE != "sums" and BATCH > 1:
+        acc0 = tl.sum(acc0, axis=0)
+        if PARTS == 2:
+            acc1 = tl.sum(acc1, axis=0)
+    if SPLIT_K == 1:
+        _finish(acc0, acc1, square, first, factor, y, e0, e1, e2, e3, e4, e5, N,
+                K, J, OFFSET0, OFFSET1, PARTS, FACTORS, NORM, EPS, EPILOGUE)  # fmt: skip
+    else:
+        SIZE: tl.constexpr = (PARTS * BLOCK_J + NORM) * COLUMNS
+        column = tl.arange(0, COLUMNS)
+        spot = tl.arange(0, BLOCK_J)[:, None] * COLUMNS + column[None, :]
+        base = partial + tl.program_id(0).to(tl.int64) * (SPLIT_K * SIZE)
+        mine = base + split * SIZE
+        tl.store(mine + spot, acc0)
+        if PARTS == 2:
+            tl.store(mine + BLOCK_J * COLUMNS + spot, acc1)
+        if NORM:
+            tl.store(mine + PARTS * BLOCK_J * COLUMNS + column, square)
+        # every thread's stores before the ticket, every thread's loads after it
+        tl.debug_barrier()
+        arrived = tl.atomic_add(tickets + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
+        tl.debug_barrier()
+        if arrived == SPLIT_K - 1:
+            acc0 = tl.zeros([BLOCK_J, COLUMNS], tl.float32)
+            acc1 = acc0
+            square = tl.zeros([COLUMNS], tl.float32)
+            for other in range(SPLIT_K):
+                theirs = base + other * SIZE
+                acc0 += tl.load(theirs + spot, cache_modifier=".cg")
+                if PARTS == 2:
+                    acc1 += tl.load(theirs + BLOCK_J * COLUMNS + spot, cache_modifier=".cg")
+                if NORM:
+                    square += tl.load(theirs + PARTS * BLOCK_J * COLUMNS + column, cache_modifier=".cg")
+            _finish(acc0, acc1, square, first, factor, y, e0, e1, e2, e3, e4, e5, N,
+                    K, J, OFFSET0, OFFSET1, PARTS, FACTORS, NORM, EPS, EPILOGUE)  # fmt: skip
+            tl.store(tickets + tl.program_id(0), 0)
+
+
+def grid(shape: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int | str, ...]:
+    """Programs of a launch."""
+    return (-(-shape["J"] // config["BLOCK_J"]), config["SPLIT_K"])
+
+
+def scratch(shape: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int, int]:
+    """Lengths of `tickets` (i32, zeroed once and kept) and `partial` (fp32, temporary); 0, 0 if neither is used."""
+    if config["SPLIT_K"] == 1:
+        return 0, 0
+    tiles = -(-shape["J"] // config["BLOCK_J"])
+    rows = shape["PARTS"] * config["BLOCK_J"] + shape["NORM"]
+    return tiles, tiles * config["SPLIT_K"] * rows * max(8, config["BLOCK_M"])
