@@ -117,7 +117,7 @@ def quantize(
         codes[start:stop] = from_blocks(encode(blocks, found, global_scale, zeros, scheme), stop - start, scheme)
         first = start // scheme.rows if scheme.rows else 0
         scales[first : first + found.shape[0]] = found
-        if zero_points is not None:
+        if zero_points is not None and zeros is not None:
             zero_points[first : first + found.shape[0]] = zeros
         restored = _restored(codes[start:stop], found, global_scale, zeros, scheme)[:, : tensor.shape[1]].double()
         original = tensor[start:stop].double()
