@@ -91,6 +91,8 @@ def eval_model(settings: Settings, as_json: bool, out: Path | None, plot: Path |
         write_json(figures)
     else:
         show(figures)
+    if settings.against is None and subject.theirs is None and uncompressed(subject.ours.recipe) != subject.ours.recipe:
+        say(f"{settings.model} does not hold the uncompressed program; give --against MODEL to compare with it")
 
 
 def prepared(settings: Settings, progress: Progress = lambda stage: None) -> Subject:
@@ -140,10 +142,7 @@ def _built(model: str, recipe: Recipe, target: Target | str | None, dtype: str |
 def _other(settings: Settings, parts: Parts, progress: Progress) -> Parts | None:
     """What the program is compared with: one compiled as it was, but for the passes that are not exact."""
     plain, against = uncompressed(parts.recipe), settings.against
-    if (against is None and plain == parts.recipe) or against == NONE:
-        return None
-    if against is None and is_artifact(settings.model):
-        say(f"{settings.model} does not hold the uncompressed program: give --against MODEL to compare with it")
+    if against == NONE or (against is None and (plain == parts.recipe or is_artifact(settings.model))):
         return None
     if against is not None and is_artifact(against):
         progress(f"loading {against}")
