@@ -40,7 +40,7 @@ from llmopt.compiler.program import Program
 
 Progress = Callable[[str, int, int], None]
 Values = Mapping[str, Sequence[fx.Node]]
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class _Run:
         if path is None and len(self.parts) > 1:
             needed = sum(part.nbytes for part in self.parts)
             raise InputError(
-                f"calibration: sums take {needed / GIB:.2f} GiB, over the bound of {settings.memory / GIB:.2f} GiB; "
+                f"calibration: sums take {needed / MIB:.1f} MiB, the bound is {settings.memory / MIB:.1f} MiB; "
                 "give a path, so that one group after the other can be written, or raise memory"
             )
         self.fingerprint = fingerprint_of(program)
@@ -203,7 +203,9 @@ class _Run:
         """Read the windows for each part."""
         total = len(self.windows) * sum(len(part.sums) for part in self.parts)
         if len(self.parts) > 1:
-            notes.append(f"read {len(self.parts)} times, as the sums of all values exceed {self.settings.memory} bytes")
+            notes.append(
+                f"read {len(self.parts)} times, as the sums of all values exceed {self.settings.memory / MIB:.1f} MiB"
+            )
         before = 0
         for number, part in enumerate(self.parts):
             notes += part.open(self._file(number), self.digest)
@@ -245,8 +247,8 @@ def _groups(shared: Mapping[tuple[fx.Node, ...], list[str]], settings: Settings)
         sums = Sums(nodes, columns, settings.second_moments, settings.precision(columns), settings.device)
         if sums.nbytes > settings.memory:
             raise InputError(
-                f"calibration: the sums of {key!r} take {sums.nbytes} bytes, more than the bound of {settings.memory}; "
-                "raise memory, or keep diagonals only (second_moments=False)"
+                f"calibration: the sums of {key!r} take {sums.nbytes / MIB:.1f} MiB, more than the bound of "
+                f"{settings.memory / MIB:.1f} MiB; raise memory, or keep diagonals only (second_moments=False)"
             )
         if sums.nbytes > room:
             groups.append({})

@@ -157,7 +157,9 @@ class Part:
         inputs = {"input_ids": ids[None].to(device), "position_ids": torch.arange(len(ids), device=device)[None]}
         left = {key: len(sums.nodes) for key, sums in self.sums.items()}
         done = self.done * len(self.sums)
-        for node, value in evaluated(program.graph("forward"), inputs, weights, list(watchers), cache):
+        for node, value in evaluated(
+            program.graph("forward"), inputs, weights, list(watchers), cache, torch.device(device)
+        ):
             for key in watchers.get(node, ()):
                 if not self.sums[key].add(value):
                     raise InputError(

@@ -1,4 +1,4 @@
-"""Run a graph on real tensors, node by node: the oracle for masks, numerics checks and bisection, and calibration's eye.
+"""Run a graph on real tensors, node by node: for masks, numerics checks, bisection and calibration.
 
 Only what is wanted is computed, and a value is held no longer than until its last use.
 """
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from llmopt.compiler._torch import OpOverload
 from llmopt.compiler.graph import Graph
 from llmopt.compiler.program import Weight
 
@@ -38,17 +39,19 @@ def evaluated(
     weights: Mapping[str, Weight],
     wanted: Iterable[fx.Node],
     cache: dict[str, Tensor] | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[tuple[fx.Node, Any]]:
     """Every node that `wanted` nodes need, in the graph's order, as (node, value), each as soon as it is computed.
 
-    Values are dropped after their last use: whoever wants one longer keeps it.
+    Values are dropped after their last use: whoever wants one longer keeps it. Tensors that the graph makes of nothing
+    are made on `device`, if one is given; inputs and weights have to be there.
     """
     needed = _ancestors(wanted)
     order = [n for n in graph.fx.nodes if n in needed]
     last_use = {source: node for node in order for source in (node, *node.all_input_nodes)}
     values: dict[fx.Node, Any] = {}
     for node in order:
-        values[node] = _run(node, inputs, weights, values, cache)
+        values[node] = _run(node, inputs, weights, values, cache, device)
         yield node, values[node]
         for source in (node, *node.all_input_nodes):
             if last_use[source] is node:
@@ -66,6 +69,10 @@ def _ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:
     return seen
 
 
+def _names_device(target: Any) -> bool:
+    return isinstance(target, OpOverload) and any(a.name == "device" for a in target._schema.arguments)
+
+
 @torch.no_grad()
 def _run(
     node: fx.Node,
@@ -73,6 +80,7 @@ def _run(
     weights: Mapping[str, Weight],
     values: Mapping[fx.Node, Any],
     cache: dict[str, Tensor] | None,
+    device: torch.device | None,
 ) -> Any:
     if node.op == "placeholder":
         return inputs[node.name]
@@ -84,4 +92,6 @@ def _run(
             cache[name] = weights[name].load()
         return cache[name]
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+    if device is not None and _names_device(node.target):
+        kwargs = {**kwargs, "device": device}  # the dialect names none
     return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -7,6 +7,8 @@ import gc
 import inspect
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +251,24 @@ def test_values_die_with_their_last_use(small: Program):
         gc.enable()
     assert len(seen) > 20
     assert [n.name for n in graph.calls("linear") if n not in seen] == [list(graph.calls("linear"))[-1].name]
+
+
+class Counting(Shared):
+    """Its forward makes a tensor of its own."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        x = super().forward(input_ids, position_ids)
+        return x + torch.arange(x.shape[1], device=x.device)[:, None]
+
+
+def test_another_device_gets_the_tensors_that_a_graph_makes():
+    program = capture(Counting(), ModelFacts("Counting", 16, 32))
+    graph, device = program.graph("forward"), torch.device("meta")
+    assert "aten.arange" in map(target_name, graph.calls())
+    weights = {n: replace(w, load=partial(torch.empty, w.shape, device=device)) for n, w in program.weights.items()}
+    inputs = {n: torch.zeros(1, 5, dtype=torch.int64, device=device) for n in ("input_ids", "position_ids")}
+    values = [v for _, v in evaluated(graph, inputs, weights, graph.outputs(), None, device) if isinstance(v, Tensor)]
+    assert {v.device for v in values} == {device}
 
 
 def test_few_tokens_are_said(small: Program):
