@@ -303,6 +303,11 @@ def _as_dynamo(traced: fx.GraphModule, source: fx.GraphModule) -> fx.GraphModule
     for new, old in pairs:
         new.meta.update(old.meta)
         new._dynamo_source = getattr(old, "_dynamo_source", None)
+    for name in [name for name, _ in traced.named_buffers(recurse=False)]:
+        # a constant of the code (an empty cache begins with one): AOTAutograd asks Dynamo where each buffer comes from
+        constant = getattr(traced, name)
+        delattr(traced, name)
+        setattr(traced, name, constant)
     traced.meta.update(source.meta)
     if hasattr(source, "_param_name_to_source"):
         traced._param_name_to_source = source._param_name_to_source

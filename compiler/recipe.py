@@ -336,10 +336,30 @@ def _ordinal(index: int) -> str:
 
 _STANDARD = tuple(map(PassSpec, ("raise-aten", "canonicalize", "insert-kv-cache", "fuse", "lower")))
 
+
+def _quantized(name: str, **options: Any) -> Recipe:
+    return Recipe(name, (*_STANDARD[:3], PassSpec.of("quantize", **options), *_STANDARD[3:]))
+
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe("default", _STANDARD),
         Recipe("reference", _STANDARD, providers=("reference",)),
+        _quantized("nvfp4", weights="nvfp4"),
+        _quantized("mxfp4", weights="mxfp4"),
+        _quantized("mxfp6", weights="mxfp6_e2m3"),
+        _quantized("mxfp6-e3m2", weights="mxfp6_e3m2"),
+        _quantized("mxfp8", weights="mxfp8"),
+        _quantized("fp8", weights="fp8_channel"),
+        _quantized("int8", weights="int8"),
+        _quantized("int4", weights="int4_g128"),
+        _quantized("int4-asym", weights="int4_g128_asym"),
+        _quantized("w4a4", scheme="NVFP4"),
+        _quantized("w8a8", scheme="W8A8"),
+        _quantized("w8a8-fp8", scheme="FP8_DYNAMIC"),
+        # to be joined to one of those above: how scales are chosen
+        _quantized("max", scale="max"),
+        _quantized("search", scale="search"),
     )
 }

@@ -5,8 +5,9 @@ from llmopt.passes.canonicalize import Canonicalize
 from llmopt.passes.fuse import Fuse
 from llmopt.passes.insert_kv_cache import InsertKVCache
 from llmopt.passes.lower import Lower
+from llmopt.passes.quantize import Quantize
 from llmopt.passes.raise_aten import RaiseAten
 
-PASSES: dict[str, type[Pass]] = {p.name: p for p in (RaiseAten, Canonicalize, InsertKVCache, Fuse, Lower)}
+PASSES: dict[str, type[Pass]] = {p.name: p for p in (RaiseAten, Canonicalize, InsertKVCache, Quantize, Fuse, Lower)}
 
-__all__ = ["PASSES", "Canonicalize", "Fuse", "InsertKVCache", "Lower", "RaiseAten"]
+__all__ = ["PASSES", "Canonicalize", "Fuse", "InsertKVCache", "Lower", "Quantize", "RaiseAten"]

@@ -28,7 +28,7 @@ from llmopt.compiler.target import Target
 from llmopt.passes import PASSES
 from llmopt.passes.lower import choose
 
-STRUCTURAL = ("raise-aten", "canonicalize")
+STRUCTURAL = ("raise-aten", "canonicalize", "quantize")  # the last leaves weights where they are, too
 NOT_HERE = ("insert-kv-cache", "fuse", "lower")  # of a whole model with a cache of llmopt's own
 MANY_ROWS = 16  # from here on a product is bound by arithmetic, and is left to Inductor
 
@@ -143,6 +143,8 @@ class FragmentCompiler:
         op = op_of(node.target)
         if op is None:
             return node.target  # type: ignore[return-value]
+        if not op.traceable and node.meta["provider"] == "reference":
+            return op.overload
         return op.fn if node.meta["provider"] == "inductor" else op.providers[node.meta["provider"]].fn
 
     def compile(

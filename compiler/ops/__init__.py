@@ -4,6 +4,18 @@ from llmopt.compiler.ops.activation import gated, softcap
 from llmopt.compiler.ops.attention import attend, attention, kv_write
 from llmopt.compiler.ops.linear import linear
 from llmopt.compiler.ops.norm import rms_norm
+from llmopt.compiler.ops.quantized import quantized_linear, rounded_linear
 from llmopt.compiler.ops.rope import rope
 
-__all__ = ["attend", "attention", "gated", "kv_write", "linear", "rms_norm", "rope", "softcap"]
+__all__ = [
+    "attend",
+    "attention",
+    "gated",
+    "kv_write",
+    "linear",
+    "quantized_linear",
+    "rms_norm",
+    "rope",
+    "rounded_linear",
+    "softcap",
+]

@@ -78,12 +78,13 @@ class Element:
         """`decode(encode(x))` (float32) without the codes in between; NaN stays NaN."""
         x = x.float()
         if not self.is_float:
-            return x.clamp(-self.zero, self.zero - 1).round_()
+            return x.clamp(-self.zero, self.zero - 1).round()
         held = x.clamp(-self.max, self.max)
-        binade = (held.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=2.0**self.lowest_exponent)
+        binade = (held.view(torch.int32) & _EXPONENT).view(torch.float32).clamp(min=2.0**self.lowest_exponent)
         # beside 1.5 * 2**23 steps of its binade a float32 has room for whole steps only, and rounds ties to even
-        anchor = binade.mul_(1.5 * 2.0 ** (23 - self.mantissa))
-        return held.add_(anchor).sub_(anchor)
+        anchor = binade * (1.5 * 2.0 ** (23 - self.mantissa))
+        # nothing in place: regions are traced as they are, and Inductor's own passes take writes to be done with
+        return held + anchor - anchor
 
 
 ELEMENTS = {

@@ -1,0 +1,185 @@
+"""quantize: weights of products kept in a low-bit format, and their activations rounded to one. Approximate.
+
+    y = linear(x, w["q|k|v"])        =>        y = quantized_linear(x, w["q|k|v.packed"], w["q|k|v.scales"],
+                                                                    w["q|k|v.global_scale"], None, None, "nvfp4")
+
+Weights that `canonicalize` has joined are one matrix here, so q, k and v, or gate and up, share a global scale, as
+every runtime that fuses them wants it. A weight is quantised when it is read, on its own, so a model is never held
+twice; what that cost in accuracy is then in the report. The last product, which makes the logits, keeps its weights
+unless `lm_head` names a scheme, as other quantisers leave it by default too.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from llmopt.compiler import ops
+from llmopt.compiler.errors import InputError, RecipeError, did_you_mean
+from llmopt.compiler.graph import Graph, origin, target_name
+from llmopt.compiler.pipeline import Approx, Context, Pass, PassStats
+from llmopt.compiler.program import Program, Weight
+from llmopt.compiler.quant import PRESETS, SCHEMES, quantize, scheme_of
+from llmopt.compiler.quant.scales import check_rule
+from llmopt.compiler.quant.storage import PARTS, parts_of, types_of
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Low-bit weights, and activations; see the module's docstring.
+
+    `weights` and `activations` are schemes (`compiler.quant.SCHEMES`); `scheme` names both by one of
+    compressed-tensors' presets ("NVFP4", "W4A16", ...). `scale` is the rule that chooses scales. `include` and
+    `exclude` are patterns of weight names (`*.layers.0.*`); a joined weight counts by the names of its parts, too.
+    """
+
+    name: ClassVar[str] = "quantize"
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"quantized"})
+    meaning: ClassVar[Approx] = Approx("weights, and activations if asked for, are rounded to a low-bit format")
+
+    scheme: str = ""
+    weights: str = ""
+    activations: str = ""
+    scale: str = "search"
+    lm_head: str = ""
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    def run(self, program: Program, context: Context) -> PassStats:
+        """Rewrite the products of every graph. Raises RecipeError: no scheme is given, or an unknown one."""
+        stats = PassStats()
+        weights, activations = self.chosen()
+        for graph in program.graphs.values():
+            head = _head(graph)
+            for node in list(graph.calls("linear")):
+                scheme = self.lm_head if node is head else weights
+                why = self._against(node, program, scheme, node is head)
+                if why is not None:
+                    stats.rejected["quantize", why] += 1
+                elif context.rewrites_left != 0:
+                    self._rewrite(graph, node, program, (scheme, activations), context.fold_weights, stats)
+                    context.spend(1)
+        return stats
+
+    def chosen(self) -> tuple[str, str]:
+        """The schemes of weights and activations ("" for none)."""
+        if self.scheme and self.weights:
+            raise RecipeError(
+                f"pass 'quantize': scheme {self.scheme!r} and weights {self.weights!r} both say what weights become; "
+                "set one of them"
+            )
+        if not (self.scheme or self.weights):
+            raise RecipeError(
+                "pass 'quantize' has no scheme; set `scheme` (such as NVFP4) or `weights` (such as nvfp4)"
+            )
+        found = preset(self.scheme) if self.scheme else (self.weights, "")
+        names = [scheme_of(name).name if name else "" for name in (found[0], self.activations or found[1])]
+        for name in filter(None, (names[0], self.lm_head)):
+            check_rule(self.scale, scheme_of(name))
+        return names[0], names[1]
+
+    def _against(self, node: fx.Node, program: Program, scheme: str, is_head: bool) -> str | None:
+        weight = node.args[1]
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            return "the right operand is not a weight"
+        if not scheme:
+            return "makes the logits, and lm_head is not set" if is_head else "no scheme"
+        names = [str(weight.target), *program.origins(str(weight.target))]
+        if not any(fnmatch.fnmatchcase(n, p) for n in names for p in self.include):
+            return "its weight is not included"
+        if any(fnmatch.fnmatchcase(n, p) for n in names for p in self.exclude):
+            return "its weight is excluded"
+        return None
+
+    def _rewrite(
+        self, graph: Graph, node: fx.Node, program: Program, schemes: tuple[str, str], fold: bool, stats: PassStats
+    ) -> None:
+        scheme, activations = schemes
+        x, weight, bias = (*node.args, None)[:3]
+        assert isinstance(weight, fx.Node)
+        name = str(weight.target)
+        if fold and f"{name}.packed" not in program.weights:
+            self._store(program, name, scheme, stats)
+        with graph.fx.inserting_before(node):
+            if fold:
+                parts = [_read(graph, program, node, f"{name}.{part}") for part in PARTS]
+                args, op = (x, *parts, bias, scheme, activations), ops.quantized_linear
+            else:  # the weight may change later
+                args, op = (x, weight, bias, scheme, activations, self.scale), ops.rounded_linear
+            made = graph.call(op.overload, args, node, self.name)
+        made.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(made)
+        graph.fx.erase_node(node)
+        if not weight.users:
+            graph.fx.erase_node(weight)
+        stats.record("quantize-linear", made.name, origin(made).source)
+
+    def _store(self, program: Program, name: str, scheme: str, stats: PassStats) -> None:
+        source = program.weights[name]
+        rows, columns = source.shape
+        kept = _Kept(source, partial(quantize, scheme=scheme, scale=self.scale), stats.figures.setdefault(name, {}))
+        found = types_of(scheme_of(scheme), rows, columns)
+        for part, (shape, dtype) in found.items():
+            note = f"{scheme} {part} of {name}"
+            program.weights[f"{name}.{part}"] = Weight(shape, dtype, partial(kept.take, part), note)
+        bytes_now = sum(program.weights[f"{name}.{part}"].nbytes for part in found)
+        kept.figures.update(scheme=scheme, bytes=bytes_now, bytes_before=source.nbytes)
+
+
+class _Kept:
+    """A weight quantised when one of its parts is read; the others are kept until they are read, too."""
+
+    def __init__(self, source: Weight, make: Any, figures: dict[str, Any]) -> None:
+        self.source, self.make, self.figures = source, make, figures
+        self.parts: dict[str, Tensor] = {}
+
+    def take(self, part: str) -> Tensor:
+        """One of PARTS."""
+        if part not in self.parts:
+            made = self.make(self.source.load())
+            self.figures["sqnr_db"] = round(made.sqnr(), 3)
+            self.parts = parts_of(made)
+        return self.parts.pop(part)
+
+
+def preset(name: str) -> tuple[str, str]:
+    """The schemes of weights and activations ("" for none) behind a preset's or a scheme's name. Raises InputError."""
+    known: Mapping[str, tuple[str, str | None]] = {k.lower(): v for k, v in PRESETS.items()}
+    if name.lower() not in known and name.lower() not in SCHEMES:
+        raise InputError(f"no quantisation scheme is called {name!r}; {did_you_mean(name, [*PRESETS, *SCHEMES])}")
+    weights, activations = known.get(name.lower(), (name.lower(), None))
+    return weights, activations or ""
+
+
+def _head(graph: Graph) -> fx.Node | None:
+    """The last product whose result becomes a result of the graph through calls of one operand: the logits' own."""
+    found = [head for result in graph.outputs() if isinstance(result, fx.Node) and (head := _product(result))]
+    return max(found, key=list(graph.fx.nodes).index, default=None)
+
+
+def _product(result: fx.Node) -> fx.Node | None:
+    node: fx.Node | None = result
+    while node is not None and target_name(node) != "linear":
+        sources = [n for n in node.all_input_nodes if n.op == "call_function" and isinstance(n.meta["val"], Tensor)]
+        node = sources[0] if len(sources) == 1 else None
+    return node
+
+
+def _read(graph: Graph, program: Program, before: fx.Node, name: str) -> fx.Node | None:
+    """A read of the weight `name`, None if the program has none of that name."""
+    weight = program.weights.get(name)
+    if weight is None:
+        return None
+    assert graph.symbols is not None
+    node = graph.fx.create_node("get_attr", name)
+    with graph.symbols.mode:
+        node.meta["val"] = torch.empty(weight.shape, dtype=weight.dtype)
+    node.meta["origin"] = origin(before).touched(Quantize.name)
+    return node
