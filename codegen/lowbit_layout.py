@@ -18,13 +18,13 @@ Rows are padded to 16 and columns to 256, with zeros.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmopt.codegen.templates.lowbit_bits import BITS, multiplier
+from llmopt.codegen.templates.lowbit_bits import BITS
 from llmopt.compiler.errors import BuildError
 from llmopt.compiler.quant.packing import pack, unpack
 from llmopt.compiler.quant.schemes import Scheme, scheme_of
@@ -60,6 +60,15 @@ def side(scheme: Scheme) -> str:
 def own(scheme: Scheme) -> int:
     """Neighbouring columns that a lane has."""
     return scheme.group if side(scheme) == "weights" else 8
+
+
+def constants(scheme: Scheme) -> dict[str, str | int]:
+    """What the template `lowbit` is told of the scheme."""
+    where = side(scheme)
+    factors = 0 if where == "sums" and not scheme.has_global else 2 if where == "rows" and scheme.rows else 1
+    scale = scheme.scale if scheme.symmetric else "zeros"
+    found: dict[str, str | int] = {"ELEMENT": scheme.element.name, "SIDE": where, "SCALE": scale}
+    return {**found, "GROUP": scheme.group, "FACTORS": factors}
 
 
 def lay(
@@ -217,6 +226,3 @@ def _striped(values: Tensor, scheme: Scheme) -> Tensor:
     """[rows, groups] as [stripe, group, 16]."""
     values = F.pad(values, (0, -values.shape[1] % max(1, COLUMNS // scheme.group), 0, -values.shape[0] % ROWS))
     return values.reshape(values.shape[0] // ROWS, ROWS, -1).transpose(1, 2).contiguous()
-
-
-__all__ = ["COLUMNS", "ROWS", "Laid", "codes_of", "lay", "multiplier", "own", "replace", "side", "words"]

@@ -14,7 +14,7 @@ from interpreted import rounding
 from torch import Tensor
 
 from llmopt.codegen.kernel import Kernel
-from llmopt.codegen.lowbit_layout import Laid, lay, side
+from llmopt.codegen.lowbit_layout import Laid, constants, lay
 from llmopt.compiler.quant.quantize import quantize
 from llmopt.compiler.quant.schemes import SCHEMES
 
@@ -35,20 +35,9 @@ class Case:
         """What the template's `configs` reads."""
         return {"K": self.K, "J": self.J, "PARTS": self.parts, "NORM": self.norm, "N": tokens}
 
-    @property
-    def constants(self) -> dict[str, Any]:
-        """Of the scheme, as the template takes them."""
-        scheme = SCHEMES[self.scheme]
-        factors = 1 if scheme.has_global or side(scheme) == "weights" else 0
-        if side(scheme) == "rows":
-            factors = 1 if scheme.rows == 0 else 2
-        scale = scheme.scale if scheme.symmetric else "zeros"
-        return {"ELEMENT": scheme.element.name, "SIDE": side(scheme), "SCALE": scale, "GROUP": scheme.group,
-                "FACTORS": factors}  # fmt: skip
-
     def kernel(self, config: Mapping[str, Any], pdl: bool = False) -> Kernel:
         """Parameters without a tensor are constants of None."""
-        of_scheme = self.constants
+        of_scheme = constants(SCHEMES[self.scheme])
         held = {"e4m3": "*i32", "e8m0": "*i32", "zeros": "*i32", "bfloat16": "*bf16", "float32": "*fp32"}
         types = [("w", "*i32")]
         types += [("scales", held[of_scheme["SCALE"]])] * (of_scheme["SIDE"] != "rows")
@@ -57,7 +46,7 @@ class Case:
         types += [("e1", "*bf16")] * self.norm + [("e2", "*bf16"), ("e3", "*bf16")] * self.added + [("N", "i32")]
         types += [("tickets", "*i32"), ("partial", "*fp32")] * (config["SPLIT_K"] > 1)
         absent = ["scales", "factor", "e1", "e2", "e3", "e4", "e5", "tickets", "partial"]
-        constants = {
+        fixed = {
             **{name: None for name in absent if name not in dict(types)}, **of_scheme, "K": self.K, "J": self.J,
             "OFFSET0": self.skip, "OFFSET1": self.skip + self.J, "PARTS": self.parts, "NORM": self.norm, "EPS": EPS,
             **config, "PDL": pdl,
@@ -66,10 +55,10 @@ class Case:
         if self.norm:
             hooks["LOAD_G"] = "load_g"
         else:
-            constants["LOAD_G"] = None
-        launch = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
+            fixed["LOAD_G"] = None
+        launch = {key: fixed.pop(key) for key in ("num_warps", "num_stages")}
         return Kernel(
-            "lowbit:lowbit", tuple(types), tuple(constants.items()), tuple(hooks.items()),
+            "lowbit:lowbit", tuple(types), tuple(fixed.items()), tuple(hooks.items()),
             HOOKS.format(stride=self.K, J=self.J), pdl=pdl, **launch,
         )  # fmt: skip
 

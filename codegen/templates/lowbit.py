@@ -11,12 +11,13 @@ on the sums of their group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import triton
 import triton.language as tl
 
+from llmopt.codegen.lowbit_layout import COLUMNS, side
 from llmopt.codegen.templates.lowbit_tile import (
     INTERPRETED,
     constant_operand,
@@ -27,6 +28,7 @@ from llmopt.codegen.templates.lowbit_tile import (
     operand,
 )
 from llmopt.codegen.templates.paged import drain
+from llmopt.compiler.quant.schemes import SCHEMES
 from llmopt.compiler.target import Target
 
 
@@ -39,7 +41,7 @@ def _part(
     """(operand of these stripes' columns from `first` on, scale of its sums as fp32 [BATCH, rows, 1] or [rows, 1])."""
     S: tl.constexpr = stripe.shape[0]
     a, b, c = load_words(w, stripe, first, ELEMENT, KP, BATCH * BLOCK_K, END)
-    factor = None
+    factor = 0.0  # none
     if SIDE == "weights":
         GROUPS: tl.constexpr = BATCH * BLOCK_K // (4 * OWN)
         put = load_byte_scales(scales, stripe, first, SCALE, KP, BATCH * BLOCK_K, OWN, END)
@@ -99,9 +101,9 @@ def _squares(x):
 
 @triton.jit
 def _finish(
-    acc0, acc1, squares, first, factor, y, e0, e1, e2, e3, e4, e5, N,
-    K: tl.constexpr, J: tl.constexpr, OFFSET0: tl.constexpr, OFFSET1: tl.constexpr, PARTS: tl.constexpr,
-    FACTORS: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, EPILOGUE: tl.constexpr,
+    acc0, acc1, squares, first, factor0, factor1, y, e0, e1, e2, e3, e4, e5, N,
+    K: tl.constexpr, J: tl.constexpr, PARTS: tl.constexpr, FACTORS: tl.constexpr, NORM: tl.constexpr,
+    EPS: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     m = tl.arange(0, acc0.shape[1])[None, :]
     n = first + tl.arange(0, acc0.shape[0])[:, None]
@@ -110,15 +112,10 @@ def _finish(
         acc0 = acc0 * scale
         if PARTS == 2:
             acc1 = acc1 * scale
-    if FACTORS == 1:
-        whole = tl.load(factor)
-        acc0 = acc0 * whole
+    if FACTORS:
+        acc0 = acc0 * factor0
         if PARTS == 2:
-            acc1 = acc1 * whole
-    if FACTORS == 2:
-        acc0 = acc0 * tl.load(factor + OFFSET0 + n, mask=n < J, other=0.0)
-        if PARTS == 2:
-            acc1 = acc1 * tl.load(factor + OFFSET1 + n, mask=n < J, other=0.0)
+            acc1 = acc1 * factor1
     if PARTS == 1:
         acc1 = acc0
     ok = (m < N) & (n < J)
@@ -165,7 +162,18 @@ def lowbit(  # noqa: C901
     else:
         acc0 = tl.zeros([BATCH, BLOCK_J, COLUMNS], tl.float32)
     acc1 = acc0
-    m = tl.arange(0, BLOCK_M)[:, None]
+    # tokens past the end repeat the last one; they are not stored
+    m = tl.minimum(tl.arange(0, BLOCK_M)[:, None], N - 1) if BLOCK_M > 1 else tl.zeros([1, 1], tl.int32)
+    factor0 = 1.0
+    factor1 = 1.0
+    if FACTORS == 1:
+        factor0 = tl.load(factor)
+        factor1 = factor0
+    if FACTORS == 2:
+        row = tl.minimum(first + tl.arange(0, BLOCK_J)[:, None], J - 1)
+        factor0 = tl.load(factor + OFFSET0 + row)
+        if PARTS == 2:
+            factor1 = tl.load(factor + OFFSET1 + row)
     squares = tl.zeros([BLOCK_M, SPAN // 8], tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -178,7 +186,7 @@ def lowbit(  # noqa: C901
         if PARTS == 2:
             a1, f1 = _part(w, scales, stripe + OFFSET1 // 16, start, ELEMENT, SIDE, SCALE, GROUP, OWN, KP, BATCH,
                            BLOCK_K, WIDE, END)  # fmt: skip
-        x = LOAD_X(m, k, (m < N) & whole, e0, e1, e2, e3, e4, e5)
+        x = LOAD_X(m, k, whole, e0, e1, e2, e3, e4, e5)
         if NORM:
             squares += _squares(x)
             x = x * LOAD_G(k, whole, e0, e1, e2, e3, e4, e5)
@@ -201,8 +209,8 @@ def lowbit(  # noqa: C901
         if PARTS == 2:
             acc1 = tl.sum(acc1, axis=0)
     if SPLIT_K == 1:
-        _finish(acc0, acc1, square, first, factor, y, e0, e1, e2, e3, e4, e5, N,
-                K, J, OFFSET0, OFFSET1, PARTS, FACTORS, NORM, EPS, EPILOGUE)  # fmt: skip
+        _finish(acc0, acc1, square, first, factor0, factor1, y, e0, e1, e2, e3, e4, e5, N,
+                K, J, PARTS, FACTORS, NORM, EPS, EPILOGUE)  # fmt: skip
     else:
         SIZE: tl.constexpr = (PARTS * BLOCK_J + NORM) * COLUMNS
         column = tl.arange(0, COLUMNS)
@@ -229,8 +237,8 @@ def lowbit(  # noqa: C901
                     acc1 += tl.load(theirs + BLOCK_J * COLUMNS + spot, cache_modifier=".cg")
                 if NORM:
                     square += tl.load(theirs + PARTS * BLOCK_J * COLUMNS + column, cache_modifier=".cg")
-            _finish(acc0, acc1, square, first, factor, y, e0, e1, e2, e3, e4, e5, N,
-                    K, J, OFFSET0, OFFSET1, PARTS, FACTORS, NORM, EPS, EPILOGUE)  # fmt: skip
+            _finish(acc0, acc1, square, first, factor0, factor1, y, e0, e1, e2, e3, e4, e5, N,
+                    K, J, PARTS, FACTORS, NORM, EPS, EPILOGUE)  # fmt: skip
             tl.store(tickets + tl.program_id(0), 0)
 
 
@@ -246,3 +254,83 @@ def scratch(shape: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int, i
     tiles = -(-shape["J"] // config["BLOCK_J"])
     rows = shape["PARTS"] * config["BLOCK_J"] + shape["NORM"]
     return tiles, tiles * config["SPLIT_K"] * rows * max(8, config["BLOCK_M"])
+
+
+def supports(shape: Mapping[str, int], scheme: str, target: Target) -> str | None:
+    """None if this template takes the product, else the reason why not. `shape`: K, J, PARTS, NORM, N (tokens)."""
+    if "triton" not in target.features:
+        return "the target has no Triton"
+    if shape["N"] > 64:
+        return f"{shape['N']} tokens, wanted 64 at most"
+    if shape["PARTS"] == 2 and shape["J"] % 16:
+        return f"halves of {shape['J']} rows, wanted a multiple of 16"
+    return None
+
+
+def configs(shape: Mapping[str, int], scheme: str, target: Target) -> list[dict[str, Any]]:
+    """Constants worth trying, the default first; `scheme` by name."""
+    tokens, wide = shape["N"], "wgmma" in target.features
+    tiles = list(_narrow(shape, target.cores))
+    if tokens > 8 and wide:
+        tiles = [*_wide(shape, target.cores), *tiles]
+    found = [_config(shape, scheme, *tile) for tile in tiles]
+    fitting = [c for c in found if c is not None and _room(c, shape, scheme) <= target.shared_bytes - 4096]
+    return list({repr(c): c for c in fitting}.values())
+
+
+_Tile = tuple[int, int, int, int, int, int]  # rows in all, columns a slice, slices, splits, stages, warps of a wgmma
+
+
+def _narrow(shape: Mapping[str, int], cores: int) -> Iterator[_Tile]:
+    """For mma: small programs, of one warp where there are rows enough, else of warps along K."""
+    few = shape["J"] * shape["PARTS"] < 96 * cores
+    alone = [(32, 256, 1, 1, 3, 0), (32, 256, 1, 1, 4, 0), (32, 128, 1, 1, 4, 0), (32, 512, 1, 1, 2, 0),
+             (64, 256, 1, 1, 3, 0), (32, 128, 2, 1, 3, 0), (32, 256, 2, 1, 3, 0)]  # fmt: skip
+    along = [(16, 256, 4, 1, 3, 0), (16, 128, 4, 1, 3, 0), (16, 128, 4, 1, 4, 0), (16, 256, 4, 1, 2, 0),
+             (32, 128, 4, 1, 3, 0), (32, 256, 4, 1, 2, 0), (16, 256, 2, 1, 3, 0), (16, 512, 4, 1, 2, 0),
+             (16, 128, 8, 1, 3, 0)]  # fmt: skip
+    yield from [*along, *alone] if few else [*alone, *along]
+    if few:
+        yield from [(32, 256, 1, 2, 3, 0), (32, 256, 1, 4, 3, 0), (32, 128, 4, 2, 3, 0)]
+
+
+def _wide(shape: Mapping[str, int], cores: int) -> Iterator[_Tile]:
+    """For wgmma: four warps, whose tile of x is stored once for all of them."""
+    columns, stages = (128, 4) if shape["N"] > 32 else (256, 3)
+    few = shape["J"] * shape["PARTS"] < 96 * cores
+    first = [(128, columns, 1, 1, stages, 4), (64, columns, 1, 1, stages, 4)]
+    others = [(128, 384 - columns, 1, 1, 3, 4), (64, 384 - columns, 1, 1, 4, 4), (128, columns, 1, 1, stages - 1, 4)]
+    splits = [(64, columns, 1, split, stages, 4) for split in (7, 4, 2, 8, 14)]
+    yield from [*splits, *first, *others] if few else [*first, *others]
+
+
+def _config(
+    shape: Mapping[str, int], scheme: str, rows: int, columns: int, slices: int, split: int, stages: int, warps: int
+) -> dict[str, Any] | None:
+    """None where the tile does not fit the scheme or the product."""
+    kind = SCHEMES[scheme]
+    in_all = -(-shape["K"] // COLUMNS) * COLUMNS
+    unroll = 1
+    if side(kind) == "sums":
+        columns, unroll = kind.group, 1 if warps else max(1, columns // kind.group)
+    step = columns * slices * unroll
+    least = 256 if kind.scale == "e8m0" else 128
+    rows //= shape["PARTS"]
+    if rows < 16 or step % least or (warps and (columns < 64 or rows < 64)):
+        return None
+    if split > 1 and (in_all % (step * split) or in_all < 2 * step * split):
+        return None
+    if step > in_all or -(-in_all // step) * step > in_all * 1.25:
+        return None
+    block_m = 1 if shape["N"] == 1 else max(8, triton.next_power_of_2(shape["N"]))
+    return {
+        "BLOCK_J": rows, "BLOCK_K": columns, "BLOCK_M": block_m, "SLICES": slices, "UNROLL": unroll, "SPLIT_K": split,
+        "WIDE": int(warps > 0), "DRAIN": int(warps > 0), "num_warps": warps or slices, "num_stages": stages,
+    }  # fmt: skip
+
+
+def _room(config: Mapping[str, Any], shape: Mapping[str, int], scheme: str) -> int:
+    """Bytes of shared memory, about."""
+    step = config["BLOCK_K"] * config["SLICES"] * config["UNROLL"]
+    rows = shape["PARTS"] * config["BLOCK_J"] * SCHEMES[scheme].bits_per_weight / 8
+    return int(step * (rows + 2 * config["BLOCK_M"]) * (config["num_stages"] - 1) + 2 * step * config["BLOCK_M"])

@@ -1,0 +1,402 @@
+"""The products of decoding with low-bit weights on one GPU: the `lowbit` template against cuBLAS bf16 and tinygemm.
+
+    python benchmarks/lowbit_gemm.py --only compile --jobs 2          # needs no GPU: fills LLMOPT_CACHE
+    python benchmarks/lowbit_gemm.py --minutes 3.5 --out lowbit.json
+    python benchmarks/lowbit_gemm.py --accept lowbit.json             # into codegen/tuned/
+
+Each case (scheme, shape, tokens) alone, most wanted first: every configuration is compared with an fp64 product of the
+exactly dequantised weights, then 300 calls back to back with the first of them, and what is right is timed in turns
+with the peers, each a CUDA graph of 24 launches or more over rotating copies of the weights (6 and 400 MB at least);
+medians. `chain`: 32 layers' four products with weights of their own, each reading what the last wrote, in one graph.
+The result file is written after every case. Only kernels that the cache has are tried, unless --compile is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _gpu_timing import Denominators
+from _lowbit_cases import H200, MODELS, Operands, Shape, Variant, Weights, summary, tensors, variants
+from _lowbit_peers import Bf16, TinyGemm
+
+from llmopt.codegen.cubin import cached
+from llmopt.codegen.kernel import Launch
+from llmopt.compiler.errors import BuildError
+from llmopt.runtime.measure import environment, write_json
+
+CALLS = 300
+ROUNDS = 9
+LAYERS = 32
+SHAPES = ("gate_up", "down", "o", "qkv")
+Job = tuple[str, Shape, int]  # scheme, shape, tokens
+
+
+def jobs(models: Iterable[str]) -> list[Job]:
+    """What is measured, most wanted first."""
+    found: list[Job] = []
+    for model in models:
+        shapes = [MODELS[model][name] for name in SHAPES]
+        alone = [shape.plain() for shape in shapes]
+        found += [("nvfp4", shape, 1) for shape in shapes]
+        found += [(scheme, shape, 1) for scheme in ("int4_g128", "mxfp4") for shape in shapes]
+        found += [("nvfp4", alone[0], 1)]
+        found += [("nvfp4", shape, tokens) for tokens in (16, 8, 64, 32) for shape in shapes]
+        found += [("nvfp4", shape, 1) for shape in alone[1:]]
+        found += [(scheme, shapes[0], 1) for scheme in ("fp8_channel", "mxfp6_e2m3", "mxfp8", "int8")]
+        found += [(scheme, shape, tokens) for tokens in (16, 64) for scheme in ("int4_g128", "mxfp4") for shape in shapes]
+    return found
+
+
+class Bench:
+    """Weights, operands and peers, made once each; launches of variants."""
+
+    def __init__(self) -> None:
+        from llmopt.codegen.cubin import compile_kernel
+        from llmopt.runtime.cuda import launcher
+
+        self.ready = launcher(lambda kernel: compile_kernel(kernel, H200), "cuda")
+        self.weights: dict[tuple[str, Shape], Weights] = {}
+        self.operands: dict[Shape, Operands] = {}
+        self.exact: dict[tuple[str, Shape], tuple[torch.Tensor, float]] = {}
+        self.bf16: dict[Shape, Bf16] = {}
+
+    def of(self, scheme: str, shape: Shape) -> tuple[Weights, Operands]:
+        """Made when first asked for, with the fp64 result and torch's own error."""
+        if (scheme, shape) not in self.weights:
+            operands = self.operands.setdefault(shape, Operands(shape, "cuda"))
+            made = self.weights[scheme, shape] = Weights(scheme, shape, "cuda")
+            want = operands.plain(made.matrix(torch.float64), 64)
+            torchs = operands.plain(made.matrix(torch.bfloat16), 64).double()
+            self.exact[scheme, shape] = want, float((torchs - want).norm() / want.norm())
+        return self.weights[scheme, shape], self.operands[shape]
+
+    def launch(self, variant: Variant) -> Callable[..., None]:
+        """launch(laid, y, operands beside, tokens)."""
+        run, grid, scratch = self.ready(variant.kernel()), variant.grid(), variant.scratch("cuda")
+
+        def call(laid: Any, y: torch.Tensor, beside: list[torch.Tensor], tokens: int, run: Launch = run) -> None:
+            run(grid, [*tensors(laid), y, *beside, tokens, *scratch])
+
+        return call
+
+    def fault(self, variant: Variant, call: Callable[..., None], tokens: int) -> tuple[str | None, float]:
+        """What is wrong with a variant's results, and its error relative to fp64."""
+        weights, operands = self.of(variant.scheme, variant.shape)
+        want, torchs = self.exact[variant.scheme, variant.shape]
+        want = want[:tokens]
+        y = torch.full((CALLS, tokens, variant.shape.J), float("nan"), device="cuda", dtype=torch.bfloat16)
+        for i in range(CALLS):
+            call(weights.copies[0], y[i], operands.beside(), tokens)
+        error = float((y[0].double() - want).norm() / want.norm())
+        if not error <= 1.5 * torchs:
+            return f"error {error:.2e}, torch's bf16 is {torchs:.2e}", error
+        far = (y[0].double() - want).abs() - want.abs() / 128
+        if not float(far.max()) <= float(want.square().mean().sqrt()) / 64:
+            return f"one element is {float(far.max()):.2e} off", error
+        unequal = int((y != y[0]).any(-1).any(-1).sum())
+        return (f"{unequal} of {CALLS} calls differ" if unequal else None), error
+
+    def graph(self, call: Callable[[Any], None], copies: list[Any], least: int = 24) -> tuple[torch.cuda.CUDAGraph, int]:
+        """A graph of launches over the copies, and how many."""
+        count = max(least, len(copies))
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            call(copies[0])
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(count):
+                call(copies[i % len(copies)])
+        return graph, count
+
+
+def in_turns(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median microseconds of a launch, all timed in turns."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    marks: list[tuple[str, Any, Any]] = []
+    for index in range(rounds + 1):
+        for name, (graph, _) in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            if index:
+                marks.append((name, start, end))
+    torch.cuda.synchronize()
+    for name, start, end in marks:
+        times[name].append(start.elapsed_time(end) * 1e3 / graphs[name][1])
+    return {name: statistics.median(us) for name, us in times.items()}
+
+
+def measure(bench: Bench, job: Job, tried: list[Variant], said: dict[str, str]) -> dict[str, Any]:
+    """All variants of a job that are right, and the peers."""
+    scheme, shape, tokens = job
+    weights, operands = bench.of(scheme, shape)
+    y = torch.empty(tokens, shape.J, device="cuda", dtype=torch.bfloat16)
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
+    errors, wrong = {}, {}
+    by_name = {variant.text(): variant for variant in tried}
+    for name, variant in by_name.items():
+        try:
+            call = bench.launch(variant)
+            fault, errors[name] = bench.fault(variant, call, tokens)
+            if fault is None:
+                beside = operands.beside()
+                graphs[name] = bench.graph(lambda laid, c=call, b=beside: c(laid, y, b, tokens), list(weights.copies))
+        except (RuntimeError, BuildError) as error:
+            fault = f"{type(error).__name__}: {str(error)[:200]}"
+        if fault:
+            wrong[name] = fault
+    alone = shape.plain()
+    bf16 = bench.bf16.setdefault(alone, Bf16(alone, "cuda"))
+    x = operands.x[:tokens, : shape.K].contiguous()
+    graphs["cublas"] = bench.graph(lambda w: F.linear(x, w), bf16.copies)
+    if scheme.startswith("int4"):
+        try:
+            tiny = TinyGemm(alone, 128, "cuda")
+            graphs["tinygemm"] = bench.graph(lambda w: tiny.run(x, w), tiny.copies)
+        except (RuntimeError, AttributeError) as error:
+            said["tinygemm"] = str(error)[:300]
+    us = in_turns(graphs)
+    peers = {name: us.pop(name) for name in ("cublas", "tinygemm") if name in us}
+    rows = [{"us": us[name], "error": errors[name], **summary(by_name[name])} for name in sorted(us, key=us.__getitem__)]
+    return {
+        "scheme": scheme, "model": shape.model, "name": shape.name, "tokens": tokens, "bytes": weights.nbytes,
+        "torch_error": bench.exact[scheme, shape][1], "peers_us": peers, "rows": rows, "wrong": wrong,
+    }  # fmt: skip
+
+
+def show(r: dict[str, Any], top: int = 4) -> None:
+    """A line with the fastest few."""
+    fast = " | ".join(f"{row['us']:.2f} {row['text']}" for row in r["rows"][:top])
+    off = next((row["us"] for row in r["rows"] if not row["pdl"]), 0.0)
+    best = r["rows"][0]["us"] if r["rows"] else float("nan")
+    peers = " ".join(f"{name} {us:.2f} ({us / best:.2f}x)" for name, us in r["peers_us"].items())
+    error = r["rows"][0]["error"] if r["rows"] else float("nan")
+    print(
+        f"{r['model']} {r['scheme']} {r['name']} N={r['tokens']} {r['bytes'] / best / 1e6:.2f} TB/s {peers} err "
+        f"{error:.1e}/{r['torch_error']:.1e} no-pdl {off:.2f} | {fast}"
+        + (f" WRONG {r['wrong']}" if r["wrong"] else ""),
+        flush=True,
+    )
+
+
+def chain(bench: Bench, model: str, scheme: str, tokens: int, best: dict[str, Variant]) -> dict[str, Any]:
+    """Microseconds a layer of LAYERS layers, with weights of their own: ours with and without PDL, and torch's bf16."""
+    from dataclasses import replace
+
+    shapes = MODELS[model]
+    order = ("qkv", "o", "gate_up", "down")
+    laid = {n: list(bench.of(scheme, shapes[n])[0].copies) for n in order}
+    for name, copies in laid.items():
+        while len(copies) < LAYERS:
+            copies.append(replace(copies[0], words=copies[0].words.clone()))
+        del copies[LAYERS:]
+        assert len(laid[name]) == LAYERS
+    hidden = shapes["qkv"].K
+    start = torch.randn(tokens, hidden, device="cuda").bfloat16()
+    out = {n: torch.empty(tokens, shapes[n].J, device="cuda", dtype=torch.bfloat16) for n in order}
+    g = torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
+
+    def ours(pdl: int) -> Callable[[Any], None]:
+        calls = {n: bench.launch(replace(best[n], pdl=pdl)) for n in order}
+
+        def run(_: Any) -> None:
+            h = start
+            for layer in range(LAYERS):
+                calls["qkv"](laid["qkv"][layer], out["qkv"], [h, g], tokens)
+                calls["o"](laid["o"][layer], out["o"], [out["qkv"], h], tokens)
+                calls["gate_up"](laid["gate_up"][layer], out["gate_up"], [out["o"], g], tokens)
+                calls["down"](laid["down"][layer], out["down"], [out["gate_up"], out["o"]], tokens)
+                h = out["down"]
+
+        return run
+
+    dense = {n: torch.randn(LAYERS, shapes[n].parts * shapes[n].J, shapes[n].K, device="cuda", dtype=torch.bfloat16).mul_(
+        shapes[n].K**-0.5) for n in order}  # fmt: skip
+
+    def torchs(_: Any) -> None:
+        h = start
+        for layer in range(LAYERS):
+            a = F.linear(F.rms_norm(h, (hidden,), g, 1e-5), dense["qkv"][layer])
+            h = h + F.linear(a[:, : shapes["o"].K], dense["o"][layer])
+            gate, up = F.linear(F.rms_norm(h, (hidden,), g, 1e-5), dense["gate_up"][layer]).chunk(2, -1)
+            h = h + F.linear(F.silu(gate) * up, dense["down"][layer])
+
+    def products(_: Any) -> None:
+        h = start
+        for layer in range(LAYERS):
+            a = F.linear(h, dense["qkv"][layer])
+            h = F.linear(a[:, : shapes["o"].K], dense["o"][layer])
+            h = F.linear(F.linear(h, dense["gate_up"][layer])[:, : shapes["down"].K], dense["down"][layer])
+
+    runs = {"pdl": ours(1), "no_pdl": ours(0), "torch": torchs, "cublas_alone": products}
+    graphs = {name: (bench.graph(run, [None], 1)[0], LAYERS) for name, run in runs.items()}
+    us = in_turns(graphs)
+    nbytes = sum(copies[0].nbytes for copies in laid.values())
+    chosen = {n: summary(v) for n, v in best.items()}
+    found = {"model": model, "scheme": scheme, "tokens": tokens, "bytes": nbytes, "us": us, "chosen": chosen}
+    rates = ", ".join(f"{name} {value:.2f}" for name, value in us.items())
+    print(f"chain {model} {scheme} N={tokens} us a layer: {rates}; {nbytes / us['pdl'] / 1e6:.2f} TB/s", flush=True)
+    return found
+
+
+def compile_all(wanted: list[Variant], workers: int, seconds: float) -> None:
+    """Fill the cache, most wanted first; what does not compile is said and left out."""
+    import queue
+    import threading
+
+    from llmopt.codegen import cubin_parallel
+
+    kernels = list(dict.fromkeys(v.kernel() for v in wanted))
+    todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for kernel in kernels:
+        if not _there(kernel):
+            todo.put(kernel)
+    print(f"{len(kernels)} kernels, {todo.qsize()} to compile", flush=True)
+    failed: list[str] = []
+    end = time.perf_counter() + seconds
+
+    def work() -> None:
+        while time.perf_counter() < end:
+            try:
+                one = [todo.get_nowait() for _ in range(min(12, max(1, todo.qsize())))]
+            except queue.Empty:
+                return
+            while one:
+                seen: list[None] = []
+                try:
+                    cubin_parallel.fill_cache(one, H200, 1, lambda: seen.append(None))  # noqa: B023
+                    break
+                except BuildError as error:
+                    failed.append(str(error)[:300])
+                    one = one[len(seen) + 1 :]
+
+    threads = [threading.Thread(target=work) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(f"{sum(_there(k) for k in kernels)} are there, {len(failed)} do not compile", flush=True)
+    for text in failed[:9]:
+        print("  ", text)
+
+
+def _there(kernel: Any) -> bool:
+    try:
+        return cached(kernel, H200) is not None
+    except BuildError:  # it does not fit
+        return False
+
+
+def run(args: argparse.Namespace, plan: dict[Job, list[Variant]]) -> None:
+    """Measure what time allows."""
+    end = time.perf_counter() + 60 * args.minutes
+    denominators = Denominators("cuda")
+    denominators()
+    results: dict[str, Any] = {**environment(), "device": torch.cuda.get_device_name(), "cases": [], "chain": [], "said": {}}
+    bench = Bench()
+    best: dict[tuple[str, str, int], dict[str, Variant]] = {}
+    for job, tried in plan.items():
+        if time.perf_counter() > end:
+            print("time is up", flush=True)
+            break
+        r = measure(bench, job, tried, results["said"])
+        show(r)
+        results["cases"].append(r)
+        scheme, shape, tokens = job
+        right = [v for v in tried if r["rows"] and v.text() == next(w["text"] for w in r["rows"] if w["pdl"])]
+        chosen = best.setdefault((shape.model, scheme, tokens), {})
+        chosen.update({shape.name: v for v in right[:1]})
+        if set(SHAPES) <= set(chosen) and len(chosen) == len(SHAPES):
+            chosen_now = {n: chosen[n] for n in SHAPES}
+            if all(_there(v.kernel()) and _there(_without(v).kernel()) for v in chosen_now.values()):
+                try:
+                    results["chain"].append(chain(bench, shape.model, scheme, tokens, chosen_now))
+                except RuntimeError as error:
+                    print(f"chain: {error}")
+            torch.cuda.empty_cache()
+        if args.out:
+            results["bandwidth"] = {"read": denominators.read, "copied": denominators.copied}
+            write_json(args.out, results)
+    denominators()
+    results["bandwidth"] = {"read": denominators.read, "copied": denominators.copied}
+    print({k: [f"{x / 1e12:.2f}" for x in v] for k, v in results["bandwidth"].items()}, results["said"])
+    if args.out:
+        write_json(args.out, results)
+
+
+def _without(variant: Variant) -> Variant:
+    from dataclasses import replace
+
+    return replace(variant, pdl=0)
+
+
+def accept(path: Path) -> Path:
+    """Put what a result file found fastest into the shipped table."""
+    from llmopt.codegen import tuning
+
+    results = json.loads(path.read_text())
+    entries = []
+    for r in results["cases"]:
+        row = next((w for w in r["rows"] if w["pdl"]), None)
+        if row is not None and not r["name"].endswith("-alone"):
+            entries.append({
+                "template": "lowbit", "source": row["source"], "shape": {**row["shape"], "N": r["tokens"]},
+                "dtype": r["scheme"], "config": row["config"], "us": row["us"], "device": results["device"],
+                "date": results["date"][:10],
+            })  # fmt: skip
+    return tuning.write("sm_90", entries)
+
+
+def main() -> None:
+    """Compile, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--schemes", nargs="+", help="only these")
+    parser.add_argument("--tokens", type=int, nargs="+", help="only these")
+    parser.add_argument("--names", nargs="+", help="only these shapes")
+    parser.add_argument("--minutes", type=float, default=3.5)
+    parser.add_argument("--limit", type=int, default=None, help="variants of a case")
+    parser.add_argument("--cases", type=int, default=None, help="the first so many")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument("--only", choices=["compile"])
+    parser.add_argument("--compile", action="store_true", help="compile what is missing first")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--accept", type=Path, help="measure nothing: put this file's results into the shipped table")
+    args = parser.parse_args()
+    if args.accept:
+        print(accept(args.accept))
+        return
+    wanted = [
+        job for job in jobs(args.models)
+        if (not args.schemes or job[0] in args.schemes) and (not args.tokens or job[2] in args.tokens)
+        and (not args.names or job[1].name in args.names)
+    ][: args.cases]  # fmt: skip
+    plan = {job: variants(*job)[: args.limit] for job in wanted}
+    for (_, shape, _), tried in plan.items():
+        if not shape.name.endswith("-alone"):
+            tried += [v for v in (_without(w) for w in tried[:3]) if v not in tried]
+    if args.only == "compile" or args.compile:
+        compile_all([v for tried in plan.values() for v in tried], args.jobs, 60 * args.minutes)
+    if args.only == "compile":
+        return
+    if not torch.cuda.device_count():
+        print("no NVIDIA GPU here: nothing measured")
+        return
+    run(args, {job: [v for v in tried if _there(v.kernel())] for job, tried in plan.items()})
+
+
+if __name__ == "__main__":
+    main()
