@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -203,17 +203,32 @@ def measured(
     subject: Subject, progress: Callable[[Quality, int], None] = lambda quality, windows: None
 ) -> dict[str, Any]:
     """Run both programs over the windows; all figures, in JSON types."""
-    settings, ours, theirs = subject.settings, subject.ours, subject.theirs
-    most = min(m.recipe.dims.tokens[1] for m in (ours, theirs) if m is not None)
+    models = [m for m in (subject.ours, subject.theirs) if m is not None]
+    ours, *theirs = (logits_of(m, tokens_at_once(models)) for m in models)
     started = time.perf_counter()
-    batches = batched(subject.windows, settings.batch)
-    quality = measure(_logits(ours, most), batches, None if theirs is None else _logits(theirs, most), progress)
-    seconds = time.perf_counter() - started
-    against = None
+    batches = batched(subject.windows, subject.settings.batch)
+    quality = measure(ours, batches, theirs[0] if theirs else None, progress)
+    return figures_of(subject, quality, time.perf_counter() - started)
+
+
+def tokens_at_once(models: Iterable[CompiledModel]) -> int:
+    """How many tokens a step of each of them may hold."""
+    return min(model.recipe.dims.tokens[1] for model in models)
+
+
+def logits_of(model: CompiledModel, most: int) -> LogitsFn:
+    """What the model's step computes, `most` tokens at a time."""
+    session = model.session
+    return lambda ids: step_logits(session, ids, most)
+
+
+def figures_of(subject: Subject, quality: Quality, seconds: float) -> dict[str, Any]:
+    """What was measured, on what, with what; JSON types."""
+    settings, theirs, against = subject.settings, subject.theirs, None
     if theirs is not None and quality.against is not None:
         against = _compared(quality.against, settings.against or settings.model, theirs)
     return {
-        **_described(settings.model, ours),
+        **_described(settings.model, subject.ours),
         "data": Path(settings.data).name, "window": settings.window, "windows": len(subject.windows),
         "batch": settings.batch, "tokens": quality.tokens, "seconds": round(seconds, 3),
         **_likelihood(quality.nll), "against": against, **records.environment(),
@@ -241,11 +256,6 @@ def _compared(found: Closeness, name: str, model: CompiledModel) -> dict[str, An
         "nll_difference": found.difference.value, "nll_difference_error": found.difference.error,
         "kl": found.kl.value, "kl_error": found.kl.error, "kl_largest": found.worst, "top1": found.top1.value,
     }  # fmt: skip
-
-
-def _logits(model: CompiledModel, most: int) -> LogitsFn:
-    session = model.session
-    return lambda ids: step_logits(session, ids, most)
 
 
 def layers(subject: Subject) -> dict[str, Any]:
