@@ -139,6 +139,36 @@ def compile_cost() -> str:
     return "\n".join(lines)
 
 
+def quality() -> str:
+    """What recipes cost in accuracy: a table a model; nothing where no result is committed."""
+    if not (RESULTS / "quality.json").is_file():
+        return ""
+    rows = result("quality.json")["rows"]
+    return "\n\n".join(
+        quality_of([r for r in rows if r["model"] == m]) for m in dict.fromkeys(r["model"] for r in rows)
+    )
+
+
+def quality_of(rows: list[dict[str, Any]]) -> str:
+    """The table of one model."""
+    first = rows[0]
+    lines = [
+        f"{first['model']}, {names(rows, 'dtype')}, {first['windows']} windows of {first['window']:,} tokens of "
+        f"{first['data']}, {names(rows, 'cpu')}, torch {names(rows, 'torch')}. Bits are those of the quantised "
+        "weights, scales included; SQNR is that of the worst of them.",
+        "",
+        "| recipe | bits | SQNR | perplexity | KL | top-1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        bits = f"{row['bits_per_weight']:.2f}" if row["bits_per_weight"] else "-"
+        noise = f"{min(row['sqnr_db'].values()):.1f} dB" if row["sqnr_db"] else "-"
+        close = row["against"]
+        apart = f"{close['kl']:.4f} | {close['top1']:.1%}" if close else "- | -"
+        lines.append(f"| `{row['recipe']}` | {bits} | {noise} | {row['perplexity']:.4f} | {apart} |")
+    return "\n".join(lines)
+
+
 def gpu() -> str:
     """Everything measured on GPUs, heading included; nothing where no result is committed."""
     parts = [text for stem in GPU_PARTS for path in sorted(RESULTS.glob(f"{stem}_*.json")) if (text := gpu_part(path))]
@@ -295,6 +325,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "gpu": gpu,
         "compile-cost": compile_cost,
     },
+    "docs/quality.md": {"quality": quality},
     "docs/passes.md": {"insert-kv-cache": kv_cache_graphs, "fuse": fused_graph},
 }  # fmt: skip
 

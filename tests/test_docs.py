@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -46,7 +47,31 @@ def test_a_block_without_markers_is_an_error(generate: ModuleType) -> None:
         generate.filled("no markers here", "recipes", "x")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/passes.md", "docs/torch_compile.md"])
+def test_the_page_on_accuracy_is_up_to_date(generate: ModuleType) -> None:
+    text = (ROOT / "docs" / "quality.md").read_text()
+    assert generate.filled(text, "quality", generate.quality()) == text
+
+
+def test_a_row_for_each_recipe(generate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {"model": "m", "dtype": "float32", "windows": 4, "window": 1024, "data": "d", "cpu": "c", "torch": "2"}
+    plain = {"recipe": "default", "perplexity": 3.5, "bits_per_weight": None, "sqnr_db": {}, "against": None}
+    lossy = {
+        "recipe": "int4", "perplexity": 3.75, "bits_per_weight": 4.25, "sqnr_db": {"a": 19.96, "b": 21.0},
+        "against": {"kl": 0.01234, "top1": 0.9512},
+    }  # fmt: skip
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    assert generate.quality() == ""
+    (tmp_path / "quality.json").write_text(json.dumps({"rows": [{**common, **plain}, {**common, **lossy}]}))
+    said = generate.quality()
+    assert "m, float32, 4 windows of 1,024 tokens of d, c, torch 2." in said
+    assert "| `default` | - | - | 3.5000 | - | - |" in said
+    assert said.endswith("| `int4` | 4.25 | 20.0 dB | 3.7500 | 0.0123 | 95.1% |")
+
+
+PAGES = ("README.md", "docs/architecture.md", "docs/passes.md", "docs/torch_compile.md", "docs/quality.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):

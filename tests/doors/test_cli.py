@@ -21,7 +21,7 @@ from llmopt.compiler.target import TARGETS
 from llmopt.console import guarded
 
 PICO = Path(__file__).resolve().parents[2] / "examples" / "models" / "pico-llama-4m"
-COMMANDS = ("compile", "run", "bench", "show", "diff", "bisect", "kernels", "recipes", "targets")
+COMMANDS = ("compile", "run", "bench", "eval", "show", "diff", "bisect", "kernels", "recipes", "targets")
 
 RULES = """
 from llmopt.compiler.graph import origin
