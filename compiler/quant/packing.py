@@ -37,6 +37,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         return packed[:, :columns]
     together = _together(bits)
     rows = packed.shape[0]
+    parts: tuple[Tensor, ...]
     if bits == 4:
         parts = (packed & 15, packed >> 4)
     else:
