@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
+from torch.nn.functional import scaled_dot_product_attention
 
+from llmopt.compiler import ops
 from llmopt.compiler.calibration_statistics import UNFINISHED, LazyTensor, StoredTensors, read_metadata, write_tensors
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.evaluate import evaluated
@@ -92,6 +94,19 @@ def symmetric(upper: Tensor) -> Tensor:
     return made
 
 
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float
+) -> Tensor:
+    """The op's meaning without its scores [T, T] in memory, where torch has that."""
+    if sinks is not None or softcap > 0 or 0 < window < q.shape[2]:
+        return ops.attention(q, k, v, sinks, scale, window, softcap)  # type: ignore[no-any-return]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+
+FASTER = {ops.attention.overload: _attention}
+
+
 class Part:
     """The sums that one reading of all windows fills, by key."""
 
@@ -158,7 +173,7 @@ class Part:
         left = {key: len(sums.nodes) for key, sums in self.sums.items()}
         done = self.done * len(self.sums)
         for node, value in evaluated(
-            program.graph("forward"), inputs, weights, list(watchers), cache, torch.device(device)
+            program.graph("forward"), inputs, weights, list(watchers), cache, torch.device(device), FASTER
         ):
             for key in watchers.get(node, ()):
                 if not self.sums[key].add(value):

@@ -5,7 +5,7 @@ Only what is wanted is computed, and a value is held no longer than until its la
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,18 +40,20 @@ def evaluated(
     wanted: Iterable[fx.Node],
     cache: dict[str, Tensor] | None = None,
     device: torch.device | None = None,
+    instead: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> Iterator[tuple[fx.Node, Any]]:
     """Every node that `wanted` nodes need, in the graph's order, as (node, value), each as soon as it is computed.
 
     Values are dropped after their last use: whoever wants one longer keeps it. Tensors that the graph makes of nothing
-    are made on `device`, if one is given; inputs and weights have to be there.
+    are made on `device`, if one is given; inputs and weights have to be there. A target that is a key of `instead` is
+    computed by its value.
     """
     needed = _ancestors(wanted)
     order = [n for n in graph.fx.nodes if n in needed]
     last_use = {source: node for node in order for source in (node, *node.all_input_nodes)}
     values: dict[fx.Node, Any] = {}
     for node in order:
-        values[node] = _run(node, inputs, weights, values, cache, device)
+        values[node] = _run(node, inputs, weights, values, cache, device, instead or {})
         yield node, values[node]
         for source in (node, *node.all_input_nodes):
             if last_use[source] is node:
@@ -81,6 +83,7 @@ def _run(
     values: Mapping[fx.Node, Any],
     cache: dict[str, Tensor] | None,
     device: torch.device | None,
+    instead: Mapping[Any, Callable[..., Any]],
 ) -> Any:
     if node.op == "placeholder":
         return inputs[node.name]
@@ -94,4 +97,5 @@ def _run(
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
     if device is not None and _names_device(node.target):
         kwargs = {**kwargs, "device": device}  # the dialect names none
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    target: Any = node.target
+    return instead.get(target, target)(*args, **kwargs)
