@@ -229,8 +229,10 @@ class _Run:
         if self.path is None:
             return made.with_tensors({key: tensor.make() for key, tensor in lazy.items()})
         made.write(self.path, lazy)
-        for part in self.parts:
-            part.remove()
+        number = 0
+        while (file := self._file(number)) is not None and file.is_file():  # those of another division, too
+            file.unlink()
+            number += 1
         return made.with_tensors(StoredTensors(self.path))
 
 

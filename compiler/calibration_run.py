@@ -213,11 +213,6 @@ class Part:
             for kind in (sums.kind, "amax")
         }
 
-    def remove(self) -> None:
-        """Delete the file of work in progress."""
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
-
 
 def _result(stored: Mapping[str, Tensor] | None, sums: Sums, key: str, kind: str) -> Tensor:
     tensor = sums.state.pop(kind).cpu() if stored is None else stored[f"{key}.{kind}"]

@@ -117,9 +117,11 @@ def test_a_bound_too_small_says_what_to_do(small: Program):
 def test_other_work_in_progress_is_begun_anew(small: Program, tmp_path: Path):
     path = tmp_path / "s.safetensors"
     with pytest.raises(Stopped):
-        calibrate(small, IDS[:100], path=path, settings=WHOLE, progress=stop_at(40))
+        calibrate(small, IDS[:100], path=path, settings=GROUPS, progress=stop_at(40))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"s.safetensors.part{n}" for n in range(3)]
     made = calibrate(small, IDS, path=path, settings=WHOLE)
     assert "s.safetensors.part0 is of another run: begun anew" in made.notes
+    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
     assert bits(made) == bits(calibrate(small, IDS, settings=WHOLE))
 
 
