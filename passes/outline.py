@@ -22,6 +22,8 @@ from torch import Tensor, fx
 from llmopt.compiler.graph import Graph, SizeType, target_name, type_of
 from llmopt.passes.partition import is_row_choice, is_view, reason_against
 
+PRODUCTS = ("linear", "quantized_linear")
+
 
 @dataclass
 class Region:
@@ -98,8 +100,11 @@ def outline_kernels(graph: Graph) -> dict[str, Graph]:
 
 def blocks(graph: Graph) -> list[Region]:
     """`forward` cut where one value of the hidden state alone is alive: the embedding, then each attention and each
-    MLP, with that value as their only output. What makes the logits of the last one is left out."""
-    return _cut(graph, ())[1][:-1]
+    MLP, with that value as their only output. The last product, which makes the logits, and what follows are left out.
+    """
+    pieces = _cut(graph, ())[1]
+    products = [at for at, piece in enumerate(pieces) if _calls_any(piece.nodes, PRODUCTS)]
+    return pieces[: products[-1]] if products else []
 
 
 def _kernel_label(region: Region) -> str | None:
@@ -173,7 +178,7 @@ def _without_slivers(pieces: list[list[fx.Node]]) -> list[list[fx.Node]]:
         if is_row_choice(piece[0]):
             merged += [pending, piece] if pending else [piece]
             pending = []
-        elif _calls_any(piece, ("linear", "quantized_linear", "attend", "attention", "aten.embedding")):
+        elif _calls_any(piece, (*PRODUCTS, "attend", "attention", "aten.embedding")):
             merged.append([*pending, *piece])
             pending = []
         elif merged and not pending and _calls_any(merged[-1], ("aten.embedding",)):

@@ -92,7 +92,7 @@ def hidden_states(loaded: Loaded, ids: Tensor) -> list[tuple[str, Tensor]]:
     run = Executor(graph, weights, device=loaded.device)
     positions = torch.arange(ids.shape[1]).expand(ids.shape).contiguous()
     values = run(ids, positions)
-    return list(zip(map(_name, found), values if len(found) > 1 else (values,), strict=True))
+    return list(zip(map(_name, found), (values,) if len(found) == 1 else values, strict=True))
 
 
 def _name(block: Region) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 import math
 import time
@@ -18,6 +19,7 @@ from llmopt.commands.model import check_artifact_options
 from llmopt.compiler.calibration_data import read_tokens
 from llmopt.compiler.errors import InputError, TargetError
 from llmopt.compiler.pipeline import Exact
+from llmopt.compiler.program import ModelFacts
 from llmopt.compiler.recipe import Recipe
 from llmopt.compiler.target import Target
 from llmopt.console import Progress, bar, is_artifact, say, stages, write_json, write_table
@@ -31,6 +33,7 @@ from llmopt.runtime.gpu_code import code_for
 from llmopt.runtime.layer_error import Loaded, stream_errors, weight_errors
 from llmopt.runtime.perplexity import Closeness, LogitsFn, Mean, Quality, batched, measure, step_logits, windows
 from llmopt.runtime.session import absent
+from llmopt.runtime.tokenizer import load_tokenizer
 
 NONE = "none"
 PLOTS = (".png", ".svg", ".pdf")
@@ -113,12 +116,17 @@ def prepared(settings: Settings, progress: Progress = lambda stage: None) -> Sub
             f"eval: --batch is {settings.batch}, and the recipe's dims allow {most} sequences a step; wanted at most "
             "that"
         )
+    progress("reading data")
+    found = _windows(parts.program.facts, settings)
     other = _other(settings, parts, progress)
     progress("reading weights")
     ours = _opened(parts, settings)
     theirs = None if other is None else _opened(other, settings)
-    progress("reading data")
-    return Subject(settings, ours, theirs, _windows(ours, settings))
+    progress("compiling")
+    for model in (ours, theirs):
+        if model is not None:  # what runs windows is compiled by the first of them
+            collections.deque(step_logits(model.session, found[0][None, :2], 2), maxlen=0)
+    return Subject(settings, ours, theirs, found)
 
 
 def _parts(settings: Settings, progress: Progress) -> Parts:
@@ -177,10 +185,10 @@ def _opened(parts: Parts, settings: Settings) -> CompiledModel:
     return CompiledModel(*parts, cache_bytes=size or None)
 
 
-def _windows(model: CompiledModel, settings: Settings) -> list[Tensor]:
+def _windows(facts: ModelFacts, settings: Settings) -> list[Tensor]:
     """Windows [W + 1] of the data; a folder's files follow one another as one text."""
-    encode = _encoder(model.tokenizer) if Path(settings.data).suffix != ".safetensors" else None
-    texts = read_tokens(settings.data, model.program.facts.vocab_size, encode, "data")
+    encode = None if Path(settings.data).suffix == ".safetensors" else _encoder(load_tokenizer(facts.tokenizer))
+    texts = read_tokens(settings.data, facts.vocab_size, encode, "data")
     if Path(settings.data).is_dir():
         texts = [torch.cat(texts)]
     return windows(texts, settings.window, settings.windows)

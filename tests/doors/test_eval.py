@@ -170,6 +170,17 @@ def test_the_table(artifact: str, tokens: str):
     assert "give --against MODEL" in " ".join(err.split())
 
 
+def test_a_terminal_is_shown_a_bar_and_nothing_else_is(artifact: str, tokens: str, monkeypatch: pytest.MonkeyPatch):
+    args = (artifact, "-d", tokens, "--window", str(WINDOW), "--against", artifact, "--json")
+    assert cli(*args)[2] == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    code, out, err = cli(*args)
+    assert code == 0
+    assert "6/6" in err
+    assert f"perplexity {json.loads(out)['perplexity']:.4f}" in err
+
+
 def test_the_plot_and_the_numbers_behind_it(compared: dict):
     said, picture = compared["layers"], compared["picture"]
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
@@ -236,7 +247,7 @@ def test_another_vocabulary_cannot_be_compared(artifact: str, tokens: str, tmp_p
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=100,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
-    args = (artifact, "-d", tokens, "--against", str(tmp_path / "other"))
+    args = (artifact, "-d", tokens, "--window", str(WINDOW), "--against", str(tmp_path / "other"))
     assert "has a vocabulary of 100 tokens and" in rejected(*args)
 
 

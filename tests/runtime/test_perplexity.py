@@ -11,12 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 import llmopt
 from llmopt.compiler.errors import InputError, NumericsError
+from llmopt.compiler.pipeline import Context, Pipeline
+from llmopt.compiler.recipe import RECIPES
+from llmopt.compiler.target import Target
 from llmopt.model import CompiledModel
+from llmopt.passes import Canonicalize, RaiseAten
 from llmopt.runtime import perplexity
+from llmopt.runtime.build import capture_any
 from llmopt.runtime.layer_error import Loaded, hidden_states, stream_errors
 from llmopt.runtime.perplexity import Mean, batched, measure, step_logits, windows
 
@@ -182,6 +187,23 @@ def test_an_error_shows_from_its_layer_on(pico: CompiledModel):
     )
     want = torch.linalg.vector_norm(x - y, dim=-1) / torch.linalg.vector_norm(y, dim=-1)
     assert errors[3].relative == pytest.approx(float(want.mean()), rel=1e-5)
+
+
+def test_what_follows_the_last_product_is_no_layer():
+    config = Gemma2Config(
+        vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=5.0,
+    )  # fmt: skip
+    program = capture_any(Gemma2ForCausalLM(config).float())
+    context = Context(Target.parse("cpu:generic"), RECIPES["reference"])
+    raised = Pipeline([RaiseAten(), Canonicalize()]).run(program, context)
+    found = hidden_states(Loaded(raised, {}, torch.device("cpu")), torch.arange(12)[None])
+    assert [name.partition("_")[0] for name, _ in found] == [
+        "embed",
+        *(2 * ["layers.0.post"]),
+        *(2 * ["layers.1.post"]),
+    ]
+    assert {tuple(state.shape) for _, state in found} == {(1, 12, 32)}
 
 
 def test_programs_of_other_places_cannot_be_compared(pico: CompiledModel):
