@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 import torch
 
 from llmopt.compiler import knobs
-from llmopt.compiler.errors import PassMatchedNothing, PassOrderError, VerifyError
+from llmopt.compiler.calibration_statistics import Statistics
+from llmopt.compiler.errors import InputError, PassMatchedNothing, PassOrderError, VerifyError
 from llmopt.compiler.evaluate import evaluate
 from llmopt.compiler.program import Program
 from llmopt.compiler.recipe import Recipe
@@ -45,8 +46,8 @@ class PassStats:
     """What a pass did, summed over its rule applications and its own edits.
 
     `rejected` counts (rule, reason) of matches that were turned down; `near` holds the best near miss of each rule that
-    rewrote nothing (looked up only when someone asks). `figures` are by weight: what it became, bytes, accuracy; what is
-    known only once a weight is read stands there from then on.
+    rewrote nothing (looked up only when someone asks). `figures` are by weight: what it became, bytes, accuracy; what
+    is known only once a weight is read stands there from then on.
     """
 
     matched: int = 0
@@ -91,6 +92,16 @@ class Context:
     rewrites_left: int | None = None
     strict: bool = True  # False for graphs that are only part of a model: what cannot be raised stays as it is
     fold_weights: bool = True  # False where weights may change later: nothing is computed from them ahead of time
+    calibrate: Callable[[Program], Statistics] | None = None  # None where no data were given
+
+    def statistics(self, program: Program, wanted_by: str) -> Statistics:
+        """Statistics of the program as it is now. Raises InputError: no data were given, or they cannot be used."""
+        if self.calibrate is None:
+            raise InputError(
+                f"{wanted_by} needs calibration data, and none were given; pass calibration=FILE (tokens, text, or "
+                "saved statistics), on the command line --calibration FILE"
+            )
+        return self.calibrate(program)
 
     def spend(self, rewrites: int) -> None:
         """Count rewrites against the allowance."""

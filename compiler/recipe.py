@@ -185,6 +185,17 @@ class Recipe:
         return tuple(registry[spec.name](**dict(spec.options)) for spec in self.passes)
 
 
+def with_bits(recipe: Recipe, bits: float) -> Recipe:
+    """The recipe with mixed precision of at most `bits` bits a weight, whatever it said of bits."""
+    if all(spec.name != "quantize" for spec in recipe.passes):
+        recipe = compose([recipe, RECIPES["mixed"]])
+    passes = tuple(
+        PassSpec.of(spec.name, **{**dict(spec.options), "bits": bits}) if spec.name == "quantize" else spec
+        for spec in recipe.passes
+    )
+    return replace(recipe, passes=passes)
+
+
 def compose(recipes: Iterable[Recipe]) -> Recipe:
     """One recipe that does what each of them does.
 
@@ -361,5 +372,9 @@ RECIPES: dict[str, Recipe] = {
         # to be joined to one of those above: how scales are chosen
         _quantized("max", scale="max"),
         _quantized("search", scale="search"),
+        _quantized("weighted", weighted=True),
+        _quantized("gptq", method="gptq"),
+        # some of all of them, within a number of bits a weight
+        _quantized("mixed", bits=5.0),
     )
 }

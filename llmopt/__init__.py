@@ -41,18 +41,18 @@ def compile(
     A module's forward is `(input_ids [B, T], position_ids [B, T]) -> logits [B, T, V]`, without any cache. `dtype` is
     what weights are computed in (`float32`, `bfloat16`, ...; the checkpoint's own by default); `facts` gives vocabulary
     and context length where they cannot be told from the model; `cache_bytes` bounds the KV cache (on a GPU it
-    is allocated at once; by default half of the memory that the weights leave free).
+    is allocated at once; by default half of the memory that the weights leave free). `calibration` is what recipes such
+    as `nvfp4+gptq` learn from: token ids, a file of them (safetensors, `tokens`), a text file or a folder of texts, or
+    statistics kept from an earlier run.
 
     Raises `llmopt.compiler.errors.LlmoptError`.
     """
-    from llmopt.compiler.errors import InputError
     from llmopt.model import CompiledModel
-    from llmopt.runtime.build import build
+    from llmopt.runtime.build import Calibration, build
     from llmopt.runtime.gpu_code import code_for
 
-    if calibration is not None:
-        raise InputError("calibration data was given, but no pass of this version reads any; leave it out")
-    program, report, context = build(src, recipe, target, dtype, facts)
+    data = None if calibration is None else Calibration(calibration)
+    program, report, context = build(src, recipe, target, dtype, facts, calibration=data)
     return CompiledModel(
         program, context.recipe, context.target, report, code_for(program, context.target), cache_bytes
     )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
-from llmopt.commands.model import compiled
+from llmopt.commands.model import Wanted, compiled
 from llmopt.compiler._torch import compiled_graphs
 from llmopt.compiler.errors import InputError, VerifyError, did_you_mean
 from llmopt.compiler.graph import target_name
@@ -79,7 +79,7 @@ class Llmopt:
     """llmopt with the recipe under test."""
 
     def __init__(self, settings: Settings, progress: Callable[[str], None] = lambda stage: None) -> None:
-        self.model = compiled(settings.model, settings.recipe, None, settings.dtype, progress)
+        self.model = compiled(settings.model, Wanted(settings.recipe, None, settings.dtype), progress)
         self.note = f"recipe {self.model.recipe.name}, target {self.model.target.name}"
 
     def generate(self, prompts: Tensor, new_tokens: int) -> Timing:

@@ -39,6 +39,19 @@ With = Annotated[
         "--with", metavar="FILE.py:NAME[@PASS]", help="Put a Pass or Rule of yours into the recipe, behind PASS."
     ),
 ]
+CalibrationFile = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration", metavar="FILE", help="What recipes like gptq learn from: tokens, text, a folder, statistics."
+    ),
+]
+StatisticsFile = Annotated[
+    Path | None,
+    typer.Option("--statistics", metavar="FILE.safetensors", help="Keep what was learned there; go on from there."),
+]
+Bits = Annotated[
+    float | None, typer.Option("--bits", help="Mixed precision: at most so many bits a weight, such as 4.5.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -68,6 +81,9 @@ def compile(
     recipe: RecipeName = "default",
     target: TargetName = None,
     dtype: DType = None,
+    calibration: CalibrationFile = None,
+    statistics: StatisticsFile = None,
+    bits: Bits = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -75,9 +91,9 @@ def compile(
 
     [dim]llmopt compile meta-llama/Llama-3.2-1B -o llama.llmopt --dtype float32[/dim]
     """
-    from llmopt.commands.model import compile_to
+    from llmopt.commands.model import Wanted, compile_to
 
-    compile_to(model, out, recipe, target, dtype, as_json)
+    compile_to(model, out, Wanted(recipe, target, dtype, calibration, statistics, bits), as_json)
 
 
 @app.command()

@@ -14,20 +14,23 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from llmopt.compiler import ops
+from llmopt.compiler.calibration_statistics import Statistics
 from llmopt.compiler.errors import InputError, RecipeError, did_you_mean
 from llmopt.compiler.graph import Graph, origin, target_name
 from llmopt.compiler.pipeline import Approx, Context, Pass, PassStats
-from llmopt.compiler.program import Program, Weight
-from llmopt.compiler.quant import PRESETS, SCHEMES, quantize, scheme_of
+from llmopt.compiler.program import Program
+from llmopt.compiler.quant import PRESETS, SCHEMES, scheme_of
 from llmopt.compiler.quant.scales import check_rule
-from llmopt.compiler.quant.storage import PARTS, parts_of, types_of
+from llmopt.compiler.quant.storage import PARTS
+from llmopt.passes.quantized_weights import PLAIN, Maker, mixed, store
+
+METHODS = ("rtn", "gptq")
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,11 @@ class Quantize(Pass):
     """Low-bit weights, and activations; see the module's docstring.
 
     `weights` and `activations` are schemes (`compiler.quant.SCHEMES`); `scheme` names both by one of
-    compressed-tensors' presets ("NVFP4", "W4A16", ...). `scale` is the rule that chooses scales. `include` and
-    `exclude` are patterns of weight names (`*.layers.0.*`); a joined weight counts by the names of its parts, too.
+    compressed-tensors' presets ("NVFP4", "W4A16", ...). `scale` is the rule that chooses scales, with `weighted` each
+    column's error counts by the calibration data's Hessian diagonal; `method` is rtn (round to nearest) or gptq.
+    `bits` instead of a scheme: each weight gets one of `choices`, or none, so that all take at most so many bits a
+    weight. `include` and `exclude` are patterns of weight names (`*.layers.0.*`); a joined weight counts by the names
+    of its parts, too.
     """
 
     name: ClassVar[str] = "quantize"
@@ -48,40 +54,74 @@ class Quantize(Pass):
     weights: str = ""
     activations: str = ""
     scale: str = "search"
+    method: str = "rtn"
+    weighted: bool = False
+    bits: float = 0.0
+    choices: tuple[str, ...] = ("int4_g128", "mxfp4", "nvfp4", "mxfp6_e2m3", "fp8_channel")
     lm_head: str = ""
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
 
     def run(self, program: Program, context: Context) -> PassStats:
-        """Rewrite the products of every graph. Raises RecipeError: no scheme is given, or an unknown one."""
+        """Rewrite the products of every graph. Raises RecipeError (options) and InputError (calibration data)."""
         stats = PassStats()
         weights, activations = self.chosen()
+        maker = self._maker(program, context, stats)
+        schemes = self._mixed(program, maker, stats) if self.bits else {}
         for graph in program.graphs.values():
             head = _head(graph)
             for node in list(graph.calls("linear")):
-                scheme = self.lm_head if node is head else weights
+                scheme = self.lm_head if node is head else schemes.get(_weight_name(node), weights)
                 why = self._against(node, program, scheme, node is head)
                 if why is not None:
                     stats.rejected["quantize", why] += 1
                 elif context.rewrites_left != 0:
-                    self._rewrite(graph, node, program, (scheme, activations), context.fold_weights, stats)
+                    self._rewrite(
+                        graph, node, program, (scheme, activations), maker if context.fold_weights else None, stats
+                    )
                     context.spend(1)
         return stats
 
+    def _maker(self, program: Program, context: Context, stats: PassStats) -> Maker:
+        found: Statistics | None = None
+        wanted = [what for what, on in (("method gptq", self.method == "gptq"), ("weighted", self.weighted),
+                                        ("bits", bool(self.bits))) if on]  # fmt: skip
+        if wanted and not context.fold_weights:
+            raise InputError(
+                f"pass 'quantize': {' and '.join(wanted)} needs the weights beforehand, which under torch.compile "
+                "belong to the module; use llmopt.compile(model, recipe=..., calibration=...)"
+            )
+        if wanted:
+            found = context.statistics(program, f"pass 'quantize' with {' and '.join(wanted)}")
+            stats.notes += [*found.notes, *_few(found)]
+        return Maker(self.method, self.scale, self.weighted, found, stats.notes.append)
+
+    def _mixed(self, program: Program, maker: Maker, stats: PassStats) -> dict[str, str]:
+        graph = program.graph("forward")
+        head = _head(graph)
+        able = {_weight_name(n): "" for n in graph.calls("linear")
+                if n is not head and self._against(n, program, PLAIN, False) is None}  # fmt: skip
+        schemes, costs = mixed(program, able, self.choices, self.bits, maker)
+        for name, scheme in schemes.items():
+            stats.figures[name] = {"cost": costs[name][scheme]}
+        return {name: "" if scheme == PLAIN else scheme for name, scheme in schemes.items()}
+
     def chosen(self) -> tuple[str, str]:
         """The schemes of weights and activations ("" for none)."""
-        if self.scheme and self.weights:
+        given = [name for name in ("scheme", "weights", "bits") if getattr(self, name)]
+        if len(given) != 1:
+            seen = " and ".join(f"{name} {getattr(self, name)!r}" for name in given) or "nothing"
             raise RecipeError(
-                f"pass 'quantize': scheme {self.scheme!r} and weights {self.weights!r} both say what weights become; "
-                "set one of them"
+                f"pass 'quantize' is told {seen} of what weights become; set one of `scheme` (such as NVFP4), "
+                "`weights` (such as nvfp4) and `bits` (bits a weight, such as 4.5)"
             )
-        if not (self.scheme or self.weights):
+        if self.method not in METHODS:
             raise RecipeError(
-                "pass 'quantize' has no scheme; set `scheme` (such as NVFP4) or `weights` (such as nvfp4)"
+                f"pass 'quantize': method {self.method!r} is unknown; {did_you_mean(self.method, METHODS)}"
             )
         found = preset(self.scheme) if self.scheme else (self.weights, "")
         names = [scheme_of(name).name if name else "" for name in (found[0], self.activations or found[1])]
-        for name in filter(None, (names[0], self.lm_head)):
+        for name in filter(None, (names[0], self.lm_head, *(self.choices if self.bits else ()))):
             check_rule(self.scale, scheme_of(name))
         return names[0], names[1]
 
@@ -99,16 +139,22 @@ class Quantize(Pass):
         return None
 
     def _rewrite(
-        self, graph: Graph, node: fx.Node, program: Program, schemes: tuple[str, str], fold: bool, stats: PassStats
+        self,
+        graph: Graph,
+        node: fx.Node,
+        program: Program,
+        schemes: tuple[str, str],
+        maker: Maker | None,
+        stats: PassStats,
     ) -> None:
         scheme, activations = schemes
         x, weight, bias = (*node.args, None)[:3]
         assert isinstance(weight, fx.Node)
         name = str(weight.target)
-        if fold and f"{name}.packed" not in program.weights:
-            self._store(program, name, scheme, stats)
+        if maker is not None and f"{name}.packed" not in program.weights:
+            store(program, name, scheme, maker, stats.figures.setdefault(name, {}))
         with graph.fx.inserting_before(node):
-            if fold:
+            if maker is not None:
                 parts = [_read(graph, program, node, f"{name}.{part}") for part in PARTS]
                 args, op = (x, *parts, bias, scheme, activations), ops.quantized_linear
             else:  # the weight may change later
@@ -121,32 +167,16 @@ class Quantize(Pass):
             graph.fx.erase_node(weight)
         stats.record("quantize-linear", made.name, origin(made).source)
 
-    def _store(self, program: Program, name: str, scheme: str, stats: PassStats) -> None:
-        source = program.weights[name]
-        rows, columns = source.shape
-        kept = _Kept(source, partial(quantize, scheme=scheme, scale=self.scale), stats.figures.setdefault(name, {}))
-        found = types_of(scheme_of(scheme), rows, columns)
-        for part, (shape, dtype) in found.items():
-            note = f"{scheme} {part} of {name}"
-            program.weights[f"{name}.{part}"] = Weight(shape, dtype, partial(kept.take, part), note)
-        bytes_now = sum(program.weights[f"{name}.{part}"].nbytes for part in found)
-        kept.figures.update(scheme=scheme, bytes=bytes_now, bytes_before=source.nbytes)
+
+def _few(statistics: Statistics) -> list[str]:
+    """One line about the values that were seen in fewer tokens than they have channels."""
+    warned = [text for name in statistics.entries if (text := statistics.rank_warning(name))]
+    return [f"{warned[0]} (and {len(warned) - 1} more values)" if len(warned) > 1 else warned[0]] if warned else []
 
 
-class _Kept:
-    """A weight quantised when one of its parts is read; the others are kept until they are read, too."""
-
-    def __init__(self, source: Weight, make: Any, figures: dict[str, Any]) -> None:
-        self.source, self.make, self.figures = source, make, figures
-        self.parts: dict[str, Tensor] = {}
-
-    def take(self, part: str) -> Tensor:
-        """One of PARTS."""
-        if part not in self.parts:
-            made = self.make(self.source.load())
-            self.figures["sqnr_db"] = round(made.sqnr(), 3)
-            self.parts = parts_of(made)
-        return self.parts.pop(part)
+def _weight_name(node: fx.Node) -> str:
+    weight = node.args[1]
+    return str(weight.target) if isinstance(weight, fx.Node) else ""
 
 
 def preset(name: str) -> tuple[str, str]:

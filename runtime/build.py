@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +14,9 @@ from transformers import PreTrainedModel
 
 from llmopt import codegen
 from llmopt.compiler import knobs
+from llmopt.compiler.calibration import Progress, calibrate
+from llmopt.compiler.calibration_data import TokenSource
+from llmopt.compiler.calibration_statistics import Statistics
 from llmopt.compiler.capture import capture
 from llmopt.compiler.capture_hf import capture_hf, capture_model
 from llmopt.compiler.checkpoint import DTYPES
@@ -23,6 +27,26 @@ from llmopt.compiler.recipe import Recipe
 from llmopt.compiler.target import Target
 from llmopt.passes import PASSES
 from llmopt.runtime.report import Report
+from llmopt.runtime.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Data for passes that want any: what `calibration.calibrate` takes, and the file its statistics are kept in.
+
+    `progress(value, done, total)` is told of each value of each window.
+    """
+
+    source: TokenSource | Statistics
+    keep: Path | None = None
+    progress: Progress | None = None
+
+    def __call__(self, program: Program) -> Statistics:
+        """Statistics of the program as it is now. Raises InputError."""
+        tokenizer = load_tokenizer(program.facts.tokenizer)
+        encode = None if tokenizer is None else lambda text: tokenizer(text)["input_ids"]
+        return calibrate(program, self.source, encode=encode, path=self.keep, progress=self.progress)
+
 
 Source = str | Path | nn.Module | ExportedProgram
 
@@ -76,13 +100,22 @@ def build(
     facts: ModelFacts | None = None,
     hooks: Sequence[Hook] = (),
     progress: Callable[[str], None] = lambda stage: None,
+    calibration: Calibration | None = None,
 ) -> tuple[Program, Report, Context]:
     """Capture `source` and run the recipe's passes over it; `progress` is called with the name of each stage."""
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
     passes = recipe.build(PASSES)
     target = Target.parse(target) if isinstance(target, str) else target or Target.detect()
     target = codegen.usable(target, knobs.provider() or recipe.providers)
-    context = Context(target, recipe, knobs.bisect())
+    asked: list[str] = []
+
+    def statistics(program: Program) -> Statistics:
+        assert calibration is not None
+        asked.append(program.facts.name)
+        progress("calibration")
+        return calibration(program)
+
+    context = Context(target, recipe, knobs.bisect(), calibrate=None if calibration is None else statistics)
     report = Report()
     started = time.perf_counter()
     progress("capture")
@@ -93,6 +126,11 @@ def build(
     for item in passes:
         progress(item.name)
         program = pipeline.step(item, program, context)
+    if calibration is not None and not asked:
+        raise InputError(
+            f"calibration data were given, but no pass of recipe {recipe.name!r} reads any; leave them out, or add a "
+            "recipe that does (such as +gptq or +weighted)"
+        )
     report.seconds["passes"] = time.perf_counter() - started - report.seconds["capture"]
     report.choices = program.choices
     return program, report, context

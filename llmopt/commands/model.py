@@ -10,6 +10,9 @@ from typing import Any
 
 import llmopt
 from llmopt.compiler.errors import InputError, TargetError
+from llmopt.compiler.pipeline import Context
+from llmopt.compiler.program import Program
+from llmopt.compiler.recipe import Recipe, with_bits
 from llmopt.compiler.target import Target
 from llmopt.console import (
     Progress,
@@ -23,8 +26,9 @@ from llmopt.console import (
     write_table,
 )
 from llmopt.model import CompiledModel
-from llmopt.runtime.build import build
+from llmopt.runtime.build import Calibration, build
 from llmopt.runtime.gpu_code import code_for
+from llmopt.runtime.report import Report
 from llmopt.runtime.session import absent
 
 
@@ -39,9 +43,38 @@ class Sampling:
     stream: bool
 
 
-def compiled(model: str, recipe: str, target: str | None, dtype: str | None, progress: Progress) -> CompiledModel:
+@dataclass(frozen=True)
+class Wanted:
+    """What to compile a model to; see the options of `llmopt compile`."""
+
+    recipe: str = "default"
+    target: str | None = None
+    dtype: str | None = None
+    calibration: str | None = None
+    statistics: Path | None = None
+    bits: float | None = None
+
+    def build(self, model: str, progress: Progress) -> tuple[Program, Report, Context]:
+        """The lowered program. Raises InputError: --statistics without --calibration."""
+        recipe = Recipe.parse(self.recipe)
+        if self.bits is not None:
+            recipe = with_bits(recipe, self.bits)
+        if self.statistics is not None and self.calibration is None:
+            raise InputError(
+                f"--statistics {str(self.statistics)!r} says where to keep what is learned, and --calibration, what to "
+                "learn from, is missing; give it (it may be the file of statistics itself)"
+            )
+
+        def told(value: str, done: int, total: int) -> None:
+            progress(f"calibration, {done / total:.0%}")
+
+        data = None if self.calibration is None else Calibration(self.calibration, self.statistics, told)
+        return build(model, recipe, self.target, self.dtype, progress=progress, calibration=data)
+
+
+def compiled(model: str, wanted: Wanted, progress: Progress) -> CompiledModel:
     """A model compiled in this process, its regions included, so that all waiting is over when it is returned."""
-    program, report, context = build(model, recipe, target, dtype, progress=progress)
+    program, report, context = wanted.build(model, progress)
     regions = code_for(program, context.target)
     started = time.perf_counter()
     regions.compile_all(lambda key: progress(f"compiling {key}"))
@@ -50,12 +83,12 @@ def compiled(model: str, recipe: str, target: str | None, dtype: str | None, pro
     return CompiledModel(program, context.recipe, context.target, report, regions)
 
 
-def compile_to(model: str, out: Path, recipe: str, target: str | None, dtype: str | None, as_json: bool) -> None:
+def compile_to(model: str, out: Path, wanted: Wanted, as_json: bool) -> None:
     """Compile and save; prints what each pass did."""
     check_output(out)
     started = time.perf_counter()
     with stages(f"compiling {model}") as progress:
-        made = compiled(model, recipe, target, dtype, progress)
+        made = compiled(model, wanted, progress)
         choices = made.report.choices
         if "without_kernels" in choices and "triton" in choices["allowed"]:
             raise InputError(
@@ -80,7 +113,7 @@ def compile_to(model: str, out: Path, recipe: str, target: str | None, dtype: st
 def opened(model: str, recipe: str | None, target: str | None, dtype: str | None, progress: Progress) -> CompiledModel:
     """A model from an artifact, or compiled now."""
     if not is_artifact(model):
-        return compiled(model, recipe or "default", target, dtype, progress)
+        return compiled(model, Wanted(recipe or "default", target, dtype), progress)
     check_artifact_options(model, recipe, target, dtype)
     progress("loading")
     return llmopt.load(model)

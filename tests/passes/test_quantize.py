@@ -135,8 +135,8 @@ def test_names_choose_by_the_checkpoints_own_weights() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "has no scheme"),
-        ({"scheme": "NVFP4", "weights": "mxfp4"}, "set one of them"),
+        ({}, "is told nothing"),
+        ({"scheme": "NVFP4", "weights": "mxfp4"}, "set one of"),
         ({"weights": "nvfp5"}, "did you mean"),
         ({"scheme": "W4A61"}, "did you mean"),
         ({"weights": "nvfp4", "activations": "int9"}, "did you mean"),
