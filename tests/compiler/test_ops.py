@@ -40,7 +40,7 @@ def test_every_op_has_samples_a_cost_a_docstring_and_a_reference(op: Op):
 
 @pytest.mark.parametrize(("op", "args"), SAMPLES)
 def test_opcheck(op: Op, args: tuple[Any, ...]):
-    # the schema's check multiplies operands, which torch cannot do to float8; that they stay as they are is tested below
+    # the schema's check multiplies operands, which torch cannot do to float8; they are tested to stay as they are below
     float8 = any(isinstance(a, Tensor) and a.dtype == torch.float8_e4m3fn for a in args)
     opcheck(op.overload, args, test_utils=("test_faketensor",) if float8 else ("test_schema", "test_faketensor"))
 
