@@ -92,16 +92,19 @@ class Context:
     rewrites_left: int | None = None
     strict: bool = True  # False for graphs that are only part of a model: what cannot be raised stays as it is
     fold_weights: bool = True  # False where weights may change later: nothing is computed from them ahead of time
-    calibrate: Callable[[Program], Statistics] | None = None  # None where no data were given
+    calibrate: Callable[[Program, bool], Statistics] | None = None  # None where no data were given
 
-    def statistics(self, program: Program, wanted_by: str) -> Statistics:
-        """Statistics of the program as it is now. Raises InputError: no data were given, or they cannot be used."""
+    def statistics(self, program: Program, wanted_by: str, second_moments: bool) -> Statistics:
+        """Statistics of the program as it is now, with second moments or with their diagonals alone.
+
+        Raises InputError: no data were given, or they cannot be used.
+        """
         if self.calibrate is None:
             raise InputError(
                 f"{wanted_by} needs calibration data, and none were given; pass calibration=FILE (tokens, text, or "
                 "saved statistics), on the command line --calibration FILE"
             )
-        return self.calibrate(program)
+        return self.calibrate(program, second_moments)
 
     def spend(self, rewrites: int) -> None:
         """Count rewrites against the allowance."""

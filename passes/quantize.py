@@ -92,7 +92,8 @@ class Quantize(Pass):
                 "belong to the module; use llmopt.compile(model, recipe=..., calibration=...)"
             )
         if wanted:
-            found = context.statistics(program, f"pass 'quantize' with {' and '.join(wanted)}")
+            wanted_by = f"pass 'quantize' with {' and '.join(wanted)}"
+            found = context.statistics(program, wanted_by, second_moments=self.method == "gptq")
             stats.notes += [*found.notes, *_few(found)]
         return Maker(self.method, self.scale, self.weighted, found, stats.notes.append)
 

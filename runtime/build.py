@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from llmopt import codegen
 from llmopt.compiler import knobs
-from llmopt.compiler.calibration import Progress, calibrate
+from llmopt.compiler.calibration import Progress, Settings, calibrate
 from llmopt.compiler.calibration_data import TokenSource
 from llmopt.compiler.calibration_statistics import Statistics
 from llmopt.compiler.capture import capture
@@ -41,11 +41,18 @@ class Calibration:
     keep: Path | None = None
     progress: Progress | None = None
 
-    def __call__(self, program: Program) -> Statistics:
-        """Statistics of the program as it is now. Raises InputError."""
+    def __call__(self, program: Program, second_moments: bool) -> Statistics:
+        """Statistics of the program as it is now; on a GPU if there is one, in half of its free memory.
+
+        Raises InputError.
+        """
+        # what is kept is to serve every recipe that comes later
+        settings = Settings(second_moments=second_moments or self.keep is not None)
+        if torch.cuda.is_available():
+            settings = replace(settings, device="cuda", memory=torch.cuda.mem_get_info()[0] // 2)
         tokenizer = load_tokenizer(program.facts.tokenizer)
         encode = None if tokenizer is None else lambda text: tokenizer(text)["input_ids"]
-        return calibrate(program, self.source, encode=encode, path=self.keep, progress=self.progress)
+        return calibrate(program, self.source, encode=encode, path=self.keep, settings=settings, progress=self.progress)
 
 
 Source = str | Path | nn.Module | ExportedProgram
@@ -109,11 +116,11 @@ def build(
     target = codegen.usable(target, knobs.provider() or recipe.providers)
     asked: list[str] = []
 
-    def statistics(program: Program) -> Statistics:
+    def statistics(program: Program, second_moments: bool) -> Statistics:
         assert calibration is not None
         asked.append(program.facts.name)
         progress("calibration")
-        return calibration(program)
+        return calibration(program, second_moments)
 
     context = Context(target, recipe, knobs.bisect(), calibrate=None if calibration is None else statistics)
     report = Report()

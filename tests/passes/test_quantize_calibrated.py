@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmopt
 from llmopt.backend import llmopt as backend
-from llmopt.compiler.calibration import calibrate
+from llmopt.compiler.calibration import Settings, calibrate
 from llmopt.compiler.capture_hf import capture_model
 from llmopt.compiler.errors import InputError, LlmoptError, RecipeError
 from llmopt.compiler.pipeline import PassStats, Pipeline
@@ -44,7 +44,7 @@ def structured() -> Program:
 
 def quantised(**options: Any) -> tuple[Program, PassStats]:
     given = context()
-    given.calibrate = lambda program: calibrate(program, TOKENS)
+    given.calibrate = lambda program, second: calibrate(program, TOKENS, settings=Settings(second_moments=second))
     pipeline = Pipeline((Quantize(**options),))
     return pipeline.run(structured(), given), pipeline.reports[0].stats
 
@@ -97,7 +97,7 @@ def test_gptq_reports_the_error_of_the_products() -> None:
 
 def test_too_few_tokens_are_told() -> None:
     given = context()
-    given.calibrate = lambda program: calibrate(program, TOKENS[:1])
+    given.calibrate = lambda program, second: calibrate(program, TOKENS[:1])
     pipeline = Pipeline((Quantize(weights="nvfp4", method="gptq"),))
     read(pipeline.run(structured(), given))
     (note,) = (n for n in pipeline.reports[0].stats.notes if "more values" in n)
