@@ -7,6 +7,9 @@ benchmarks/results/quality.json after each. What is in that file already (same m
 windows) is not measured again, so an interrupted run goes on where it was; `--again` measures all anew. A recipe that
 cannot be compiled is told, and the others go on. Exits with 1 if there was one.
 
+Recipes that learn (GPTQ, weighted scales, mixed precision) do so from --calibration, by default the last quarter of the
+tokens, which then must not be among the windows read. Statistics are gathered once a model and kept in --statistics.
+
 Without --tokens, a Python file of the checkout is read and nothing is written.
 """
 
@@ -16,17 +19,19 @@ import argparse
 import gc
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmopt.commands.eval import Settings, Subject, figures_of, logits_of, prepared, tokens_at_once, uncompressed
 from llmopt.compiler.checkpoint import DTYPES
-from llmopt.compiler.errors import LlmoptError
+from llmopt.compiler.errors import InputError, LlmoptError
 from llmopt.compiler.recipe import RECIPES, Recipe
 from llmopt.compiler.target import Target
 from llmopt.console import bar
@@ -68,9 +73,13 @@ class Bench:
     def settings(self, recipe: str, against: str | None) -> Settings:
         """As `llmopt eval` has them."""
         args = self.args
-        return Settings(
+        common = Settings(
             str(self.model), str(args.tokens), recipe, args.target, args.dtype, against, args.windows, args.window
         )
+        if not learns(Recipe.parse(recipe)):
+            return common
+        kept_at = args.statistics / f"{self.model.name}-{args.dtype}.safetensors"
+        return replace(common, calibration=str(calibration_data(args)), statistics=kept_at)
 
     def run(self, name: str) -> Figures:
         """The figures of a recipe."""
@@ -107,6 +116,34 @@ class Bench:
                 lambda q, more: advance(more, f"{subject.ours.recipe.name}: {q.perplexity:.4f}"),
             )  # fmt: skip
         return quality, time.perf_counter() - started
+
+
+def learns(recipe: Recipe) -> bool:
+    """Does it need calibration data?"""
+    options = {name: value for spec in recipe.passes for name, value in spec.options}
+    return options.get("method") == "gptq" or bool(options.get("weighted")) or bool(options.get("bits"))
+
+
+def calibration_data(args: argparse.Namespace) -> Path:
+    """--calibration, or the last quarter of the tokens as a file of their own."""
+    if args.calibration is not None:
+        return args.calibration
+    made = args.statistics / "calibration.safetensors"
+    if not made.is_file():
+        if args.tokens.suffix != ".safetensors":
+            raise InputError(
+                f"{args.tokens.name} is no token file, to learn from a quarter of it; give --calibration FILE"
+            )
+        tokens = load_file(args.tokens)["tokens"].flatten()
+        first = len(tokens) * 3 // 4
+        if args.windows is None or args.windows * args.window + 1 > first:
+            raise InputError(
+                f"{args.windows or 'all'} windows of {args.window} tokens reach into the last quarter of {len(tokens)} "
+                "tokens, which recipes learn from; give fewer --windows, or --calibration FILE"
+            )
+        args.statistics.mkdir(parents=True, exist_ok=True)
+        save_file({"tokens": tokens[first:].clone()}, made)
+    return made
 
 
 def bits_per_weight(report: Report, before: int) -> float | None:
@@ -161,6 +198,8 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--target", help="this machine if not given")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=40, help="read so many windows; 0 reads all")
+    parser.add_argument("--calibration", type=Path, help="as of `llmopt compile` (the last quarter of the tokens)")
+    parser.add_argument("--statistics", type=Path, help="a folder to keep what is learned in (a temporary one)")
     parser.add_argument("--out", type=Path, help="the result file (benchmarks/results/quality.json)")
     parser.add_argument("--again", action="store_true", help="measure what was measured before, too")
     args = parser.parse_args(argv)
@@ -175,6 +214,13 @@ def main(argv: list[str] | None = None) -> int:
     models = sorted(p.parent for p in args.models_dir.glob("*/config.json"))
     if not models:
         sys.exit(f"{args.models_dir} has no checkpoint: wanted folders with config.json in it")
+    with tempfile.TemporaryDirectory() as folder:
+        args.statistics = args.statistics or Path(folder)
+        return int(measured_all(models, args))
+
+
+def measured_all(models: Sequence[Path], args: argparse.Namespace) -> bool:
+    """Every recipe of every model; has any failed?"""
     rows, failed = measured_before(args.out), False
     for model in models:
         bench = Bench(model, args)
@@ -192,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.out is not None:
                 write_json(args.out, {"rows": rows})
             gc.collect()
-    return int(failed)
+    return failed
 
 
 if __name__ == "__main__":

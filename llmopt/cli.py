@@ -179,6 +179,9 @@ def eval(
     batch: Annotated[int, typer.Option("--batch", "-b", help="Windows read side by side.")] = 1,
     target: TargetName = None,
     dtype: DType = None,
+    calibration: CalibrationFile = None,
+    statistics: StatisticsFile = None,
+    bits: Bits = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file, too.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the error layer by layer into this .png, .svg or .pdf.")
@@ -192,7 +195,9 @@ def eval(
     """
     from llmopt.commands.eval import Settings, eval_model
 
-    settings = Settings(model, data, recipe, target, dtype, against, windows, window, batch)
+    settings = Settings(
+        model, data, recipe, target, dtype, against, windows, window, batch, calibration, statistics, bits
+    )
     eval_model(settings, as_json, out, plot)
 
 

@@ -9,8 +9,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmopt.commands.eval import Settings, measured, prepared
+from llmopt.compiler.errors import InputError
+from llmopt.compiler.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PICO = ROOT / "examples" / "models" / "pico-llama-4m"
@@ -113,3 +116,33 @@ def test_logits_are_computed_once(bench: ModuleType):
         known.at = 0
         assert [float(next(known(torch.zeros(1, 2)))[0, 0, 0]) for _ in range(2)] == [1.0, 2.0]
     assert len(calls) == 2
+
+
+def test_the_last_quarter_is_learned_from_and_not_measured_on(bench: ModuleType, tmp_path: Path):
+    data = tmp_path / "tokens.safetensors"
+    save_file({"tokens": torch.arange(1001, dtype=torch.int32)}, data)
+    args = ("--tokens", str(data), "--window", "64", "--statistics", str(tmp_path / "learned"))
+    with pytest.raises(InputError, match="12 windows of 64 tokens reach into the last quarter of 1001 tokens"):
+        bench.calibration_data(bench.parsed([*args, "--windows", "12"]))
+    with pytest.raises(InputError, match="all windows of 64 tokens"):
+        bench.calibration_data(bench.parsed([*args, "--windows", "0"]))
+    made = bench.calibration_data(bench.parsed([*args, "--windows", "11"]))
+    assert load_file(made)["tokens"].tolist() == [*range(750, 1001)]
+    assert bench.calibration_data(bench.parsed([*args, "--calibration", "mine.txt"])) == Path("mine.txt")
+    with pytest.raises(InputError, match="give --calibration FILE"):
+        bench.calibration_data(bench.parsed(["--tokens", str(DATA), "--statistics", str(tmp_path / "none")]))
+
+
+def test_which_recipes_learn(bench: ModuleType):
+    assert [name for name in ("default", "nvfp4", "int4+search", "w4a4") if bench.learns(Recipe.parse(name))] == []
+    assert all(bench.learns(Recipe.parse(name)) for name in ("nvfp4+gptq", "int4+weighted", "mixed"))
+
+
+def test_a_recipe_that_learns_keeps_what_it_learned(bench: ModuleType, tmp_path: Path):
+    data, out, kept = tmp_path / "tokens.safetensors", tmp_path / "quality.json", tmp_path / "learned"
+    save_file({"tokens": torch.randint(8000, (1024,), generator=torch.Generator().manual_seed(0))}, data)
+    sizes = ("--window", "64", "--windows", "2", "--out", str(out), "--statistics", str(kept))
+    assert bench.main(["--tokens", str(data), *sizes, "--recipes", "reference+int4+weighted"]) == 0
+    (row,) = rows(out)
+    assert row["recipe"] == "reference+int4+weighted"
+    assert {p.name for p in kept.iterdir()} == {"calibration.safetensors", "pico-llama-4m-float32.safetensors"}

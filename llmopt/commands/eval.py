@@ -15,11 +15,11 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from llmopt.commands.model import check_artifact_options
+from llmopt.commands.model import Wanted, check_artifact_options
 from llmopt.compiler.calibration_data import read_tokens
 from llmopt.compiler.errors import InputError, TargetError
-from llmopt.compiler.pipeline import Exact
-from llmopt.compiler.program import ModelFacts
+from llmopt.compiler.pipeline import Context, Exact
+from llmopt.compiler.program import ModelFacts, Program
 from llmopt.compiler.recipe import Recipe
 from llmopt.compiler.target import Target
 from llmopt.console import Progress, bar, is_artifact, say, stages, write_json, write_table
@@ -32,6 +32,7 @@ from llmopt.runtime.build import build
 from llmopt.runtime.gpu_code import code_for
 from llmopt.runtime.layer_error import Loaded, stream_errors, weight_errors
 from llmopt.runtime.perplexity import Closeness, LogitsFn, Mean, Quality, batched, measure, step_logits, windows
+from llmopt.runtime.report import Report
 from llmopt.runtime.session import absent
 from llmopt.runtime.tokenizer import load_tokenizer
 
@@ -52,6 +53,9 @@ class Settings:
     windows: int | None = None
     window: int = 1024
     batch: int = 1
+    calibration: str | None = None
+    statistics: Path | None = None
+    bits: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("--window", self.window), ("--batch", self.batch), ("--windows", self.windows)):
@@ -132,18 +136,20 @@ def prepared(settings: Settings, progress: Progress = lambda stage: None) -> Sub
 def _parts(settings: Settings, progress: Progress) -> Parts:
     model, recipe, target, dtype = settings.model, settings.recipe, settings.target, settings.dtype
     if is_artifact(model):
-        check_artifact_options(model, recipe, target, dtype)
+        learned = {"--calibration": settings.calibration, "--statistics": settings.statistics, "--bits": settings.bits}
+        check_artifact_options(model, recipe, target, dtype, learned)
         progress("loading")
         return load_parts(Path(model))
     if target is not None and (why := absent(Target.parse(target))) is not None:
         raise TargetError(
             f"eval: a model for target {target} cannot run here: {why}; leave out --target to run on this machine"
         )
-    return _built(model, Recipe.parse(recipe or "default"), target, dtype, progress)
+    wanted = Wanted(recipe or "default", target, dtype, settings.calibration, settings.statistics, settings.bits)
+    return _built(wanted.build(model, progress))
 
 
-def _built(model: str, recipe: Recipe, target: Target | str | None, dtype: str | None, progress: Progress) -> Parts:
-    program, report, context = build(model, recipe, target, dtype, progress=progress)
+def _built(made: tuple[Program, Report, Context]) -> Parts:
+    program, report, context = made
     return Parts(program, context.recipe, context.target, report, code_for(program, context.target))
 
 
@@ -157,7 +163,7 @@ def _other(settings: Settings, parts: Parts, progress: Progress) -> Parts | None
         found = load_parts(Path(against))
     else:
         dtype = str(parts.program.facts.dtype).removeprefix("torch.")
-        found = _built(against or settings.model, plain, parts.target, dtype, progress)
+        found = _built(build(against or settings.model, plain, parts.target, dtype, progress=progress))
     sizes = parts.program.facts.vocab_size, found.program.facts.vocab_size
     if sizes[0] != sizes[1]:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,13 @@ def opened(model: str, recipe: str | None, target: str | None, dtype: str | None
     return llmopt.load(model)
 
 
-def check_artifact_options(model: str, recipe: str | None, target: str | None, dtype: str | None) -> None:
-    """InputError if something is asked of an artifact that was decided when it was compiled."""
-    given = [name for name, value in (("--recipe", recipe), ("--target", target), ("--dtype", dtype)) if value]
+def check_artifact_options(
+    model: str, recipe: str | None, target: str | None, dtype: str | None, learned: Mapping[str, object] | None = None
+) -> None:
+    """InputError if something is asked of an artifact that was decided when it was compiled; `learned` are further
+    options by name."""
+    options = {"--recipe": recipe, "--target": target, "--dtype": dtype, **(learned or {})}
+    given = [name for name, value in options.items() if value]
     if given:
         raise InputError(
             f"{model!r} is an artifact, which was compiled with its own recipe, target and dtype; leave out "

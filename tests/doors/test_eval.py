@@ -149,6 +149,15 @@ def test_the_uncompressed_recipe_keeps_everything_else():
     assert uncompressed(RECIPES["default"]) is RECIPES["default"]
 
 
+def test_a_recipe_that_learns(tokens: str, compared: dict):
+    args = ("-d", tokens, *FP32, "-r", "reference+int4+gptq")
+    said = figures(PICO, *args, "--calibration", tokens)
+    assert said["against"]["recipe"] == "uncompressed"
+    assert said["against"]["nll"] == compared["against"]["nll"]
+    assert said["against"]["kl"] < compared["against"]["kl"]  # it has seen these very tokens
+    assert "--calibration FILE" in rejected(PICO, *args)
+
+
 def test_an_artifact_against_its_model(artifact: str, tokens: str, compared: dict):
     said = figures(artifact, "-d", tokens, "--window", str(WINDOW), "--against", PICO)
     for key in ("nll", "dtype", "weight_bytes"):
@@ -233,6 +242,7 @@ def test_mistakes_in_options(artifact: str, tokens: str, monkeypatch: pytest.Mon
     assert "the model's context is 4096 tokens" in rejected(artifact, *given, "--window", "5000")
     assert "wanted at most that" in rejected(artifact, *given, "--batch", "257")
     assert "leave out --recipe and --dtype" in rejected(artifact, *given, "-r", "int4", "--dtype", "float32")
+    assert "leave out --calibration and --bits" in rejected(artifact, *given, "--calibration", "x", "--bits", "4.5")
     assert "cannot run here" in rejected(PICO, *given, "--target", "cuda:sm_120")
     assert "unknown extension; wanted one of .png" in rejected(PICO, *given, "--plot", str(tmp_path / "a.gif"))
     assert "there is no folder" in rejected(PICO, *given, "--plot", str(tmp_path / "none" / "a.png"))
