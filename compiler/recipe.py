@@ -72,7 +72,7 @@ class Recipe:
     """The passes in the order they run, the providers allowed (most wanted first), the bounds compiled for.
 
     `page_size` is in tokens; `dtype` (a name of `DTYPES`) is what weights are loaded as, None = the
-    checkpoint's own.
+    checkpoint's own. `about` tells people what it is for.
     """
 
     name: str
@@ -81,6 +81,7 @@ class Recipe:
     dims: Dims = field(default_factory=Dims)
     page_size: int = 16
     dtype: str | None = None
+    about: str = ""
 
     def __post_init__(self) -> None:
         _no_repeats(f"recipe {self.name!r}: pass", [spec.name for spec in self.passes])
@@ -106,6 +107,7 @@ class Recipe:
             "dims": {"tokens": list(self.dims.tokens), "sequences": list(self.dims.sequences)},
             "page_size": self.page_size,
             "dtype": self.dtype,
+            **({"about": self.about} if self.about else {}),
         }
 
     def to_json(self) -> str:
@@ -117,8 +119,8 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def digest(self) -> str:
-        """16 hex digits over everything but the name, the same in every process and on every machine."""
-        said = {key: value for key, value in self.to_dict().items() if key != "name"}
+        """16 hex digits over all but the name and what it is about, the same in every process and on every machine."""
+        said = {key: value for key, value in self.to_dict().items() if key not in ("name", "about")}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
@@ -138,6 +140,8 @@ class Recipe:
         if "providers" in data:
             names = plain.items(data["providers"], f"{where}: providers", RecipeError)
             data["providers"] = tuple(plain.text(name, f"{where}: providers", RecipeError) for name in names)
+        if "about" in data:
+            data["about"] = plain.text(data["about"], f"{where}: about", RecipeError)
         if "dims" in data:
             bounds = plain.mapping(data["dims"], f"{where}: dims", RecipeError, {f.name for f in fields(Dims)})
             data["dims"] = Dims(**{key: plain.frozen(value) for key, value in bounds.items()})
@@ -348,33 +352,32 @@ def _ordinal(index: int) -> str:
 _STANDARD = tuple(map(PassSpec, ("raise-aten", "canonicalize", "insert-kv-cache", "fuse", "lower")))
 
 
-def _quantized(name: str, **options: Any) -> Recipe:
-    return Recipe(name, (*_STANDARD[:3], PassSpec.of("quantize", **options), *_STANDARD[3:]))
+def _quantized(name: str, about: str, **options: Any) -> Recipe:
+    return Recipe(name, (*_STANDARD[:3], PassSpec.of("quantize", **options), *_STANDARD[3:]), about=about)
 
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("default", _STANDARD),
-        Recipe("reference", _STANDARD, providers=("reference",)),
-        _quantized("nvfp4", weights="nvfp4"),
-        _quantized("mxfp4", weights="mxfp4"),
-        _quantized("mxfp6", weights="mxfp6_e2m3"),
-        _quantized("mxfp6-e3m2", weights="mxfp6_e3m2"),
-        _quantized("mxfp8", weights="mxfp8"),
-        _quantized("fp8", weights="fp8_channel"),
-        _quantized("int8", weights="int8"),
-        _quantized("int4", weights="int4_g128"),
-        _quantized("int4-asym", weights="int4_g128_asym"),
-        _quantized("w4a4", scheme="NVFP4"),
-        _quantized("w8a8", scheme="W8A8"),
-        _quantized("w8a8-fp8", scheme="FP8_DYNAMIC"),
-        # to be joined to one of those above: how scales are chosen
-        _quantized("max", scale="max"),
-        _quantized("search", scale="search"),
-        _quantized("weighted", weighted=True),
-        _quantized("gptq", method="gptq"),
-        # some of all of them, within a number of bits a weight
-        _quantized("mixed", bits=5.0),
+        Recipe("default", _STANDARD, about="exact, as fast as this machine can"),
+        Recipe("reference", _STANDARD, providers=("reference",), about="exact, every op by its plain meaning, slow"),
+        _quantized("nvfp4", "4-bit floats, 16 to a scale of 8 bits", weights="nvfp4"),
+        _quantized("mxfp4", "4-bit floats, 32 to a power of two", weights="mxfp4"),
+        _quantized("mxfp6", "6-bit floats (E2M3), 32 to a power of two", weights="mxfp6_e2m3"),
+        _quantized("mxfp6-e3m2", "6-bit floats of wider range (E3M2)", weights="mxfp6_e3m2"),
+        _quantized("mxfp8", "8-bit floats (E4M3), 32 to a power of two", weights="mxfp8"),
+        _quantized("fp8", "8-bit floats (E4M3), a scale a row", weights="fp8_channel"),
+        _quantized("int8", "8-bit integers, a scale a row", weights="int8"),
+        _quantized("int4", "4-bit integers, 128 to a scale", weights="int4_g128"),
+        _quantized("int4-asym", "4-bit integers, 128 to a scale and a zero point", weights="int4_g128_asym"),
+        _quantized("w4a4", "NVFP4 weights and activations", scheme="NVFP4"),
+        _quantized("w8a8", "8-bit integer weights and activations", scheme="W8A8"),
+        _quantized("w8a8-fp8", "8-bit float weights and activations", scheme="FP8_DYNAMIC"),
+        # to be joined to one of those above: how scales and codes are chosen
+        _quantized("max", "with one above: each scale by the largest weight, not by a search", scale="max"),
+        _quantized("search", "with one above: each scale by the least squared error (what they do)", scale="search"),
+        _quantized("weighted", "with one above: errors count by what each channel is fed", weighted=True),
+        _quantized("gptq", "with one above: later columns make up for what earlier ones lost", method="gptq"),
+        _quantized("mixed", "some of all of them, within --bits bits a weight (5)", bits=5.0),
     )
 }

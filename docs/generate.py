@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+MEASURED = "llmopt/measured.json"
 
 
 def result(name: str) -> dict[str, Any]:
@@ -73,14 +74,37 @@ def fused_graph() -> str:
     return code(Pipeline(passes).run(one_layer_llama(), context).graph("step").print(provenance=False))
 
 
+def quantized_graph() -> str:
+    """What quantize changes in `forward`, as a diff."""
+    from llmopt.compiler.pipeline import Context, Pipeline, program_diff
+    from llmopt.compiler.recipe import RECIPES
+    from llmopt.compiler.target import Target
+    from llmopt.passes import Canonicalize, Quantize, RaiseAten
+
+    context = Context(Target.parse("cpu:generic"), RECIPES["nvfp4"])
+    before = Pipeline([RaiseAten(), Canonicalize()]).run(one_layer_llama(), context)
+    after = Pipeline([Quantize(weights="nvfp4")]).run(before, context)
+    changed = [line for line in program_diff(before, after).splitlines() if line[:2] in ("- ", "+ ")]
+    return "```diff\n" + "\n".join(changed) + "\n```"
+
+
+def measured() -> str:
+    """The perplexities that `llmopt recipes` tells of, by recipe, as JSON."""
+    from llmopt.commands.catalog import MEASURED_ON
+
+    rows = result("quality.json")["rows"] if (RESULTS / "quality.json").is_file() else []
+    found = {row["recipe"]: round(row["perplexity"], 4) for row in rows if row["model"] == MEASURED_ON}
+    return json.dumps(found, indent=1, sort_keys=True) + "\n"
+
+
 def recipes() -> str:
     """The built-in recipes."""
+    from llmopt.commands.catalog import MEASURED_ON, bits_of, measured
     from llmopt.compiler.recipe import RECIPES
 
-    lines = ["| recipe | passes | providers |", "|---|---|---|"]
+    lines = [f"| recipe | what it is | bits a weight | perplexity of {MEASURED_ON} |", "|---|---|---|---|"]
     for recipe in RECIPES.values():
-        names = ", ".join(f"`{spec.name}`" for spec in recipe.passes)
-        lines.append(f"| `{recipe.name}` | {names} | {', '.join(recipe.providers)} |")
+        lines.append(f"| `{recipe.name}` | {recipe.about} | {bits_of(recipe)} | {measured(recipe.name)} |")
     return "\n".join(lines)
 
 
@@ -326,7 +350,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "compile-cost": compile_cost,
     },
     "docs/quality.md": {"quality": quality},
-    "docs/passes.md": {"insert-kv-cache": kv_cache_graphs, "fuse": fused_graph},
+    "docs/passes.md": {"insert-kv-cache": kv_cache_graphs, "quantize": quantized_graph, "fuse": fused_graph},
 }  # fmt: skip
 
 
@@ -344,11 +368,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing, fail if a block is out of date")
     check = parser.parse_args().check
     stale = []
-    for file, blocks in BLOCKS.items():
+    for file in (MEASURED, *BLOCKS):  # the recipes' table reads the first
         path = ROOT / file
         old = new = path.read_text()
-        for name, make in blocks.items():
+        for name, make in BLOCKS.get(file, {}).items():
             new = filled(new, name, make())
+        if file == MEASURED:
+            new = measured()
         if new != old:
             stale.append(file)
             if not check:

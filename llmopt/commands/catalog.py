@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from rich.table import Table
 
 from llmopt.compiler.errors import TargetError
+from llmopt.compiler.quant import scheme_of
 from llmopt.compiler.recipe import RECIPES, Recipe
 from llmopt.compiler.target import TARGETS, Target
 from llmopt.console import stages, write_json, write_table
+from llmopt.passes.quantize import preset
+
+MEASURED_ON = "small-llama-28m"
 
 
 def list_recipes(name: str | None, as_json: bool) -> None:
@@ -19,17 +26,26 @@ def list_recipes(name: str | None, as_json: bool) -> None:
     if as_json:
         write_json([recipe.to_dict() for recipe in RECIPES.values()])
         return
-    table = Table("recipe", "passes", "providers", "dtype", "page")
+    table = Table("recipe", "what it is", "bits a weight", f"perplexity ({MEASURED_ON})")
     for recipe in RECIPES.values():
-        passes = " > ".join(spec.name for spec in recipe.passes)
-        table.add_row(
-            recipe.name,
-            passes,
-            ", ".join(recipe.providers),
-            recipe.dtype or "the model's",
-            f"{recipe.page_size} tokens",
-        )
+        table.add_row(recipe.name, recipe.about, bits_of(recipe), measured(recipe.name))
     write_table(table)
+    print("join recipes with +, such as nvfp4+gptq; `llmopt recipes NAME` prints one as YAML")
+
+
+def bits_of(recipe: Recipe) -> str:
+    """Bits of a weight of all products but the last, with its share of scales; "" if the recipe does not say."""
+    options = {name: value for spec in recipe.passes if spec.name == "quantize" for name, value in spec.options}
+    if "bits" in options:
+        return f"{options['bits']:g}"
+    chosen = options.get("scheme") or options.get("weights")
+    return f"{scheme_of(preset(str(chosen))[0]).bits_per_weight:g}" if chosen else ""
+
+
+def measured(name: str) -> str:
+    """What the recipe's perplexity was measured to be, "" if it was not."""
+    found = json.loads((Path(__file__).parents[1] / "measured.json").read_text(encoding="utf-8")).get(name)
+    return "" if found is None else f"{found:.4f}"
 
 
 def list_targets(as_json: bool) -> None:
