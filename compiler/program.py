@@ -142,7 +142,9 @@ class Program:
         sources = [self.weights[n] for n in edit.inputs]
         fn = edit.fn
         note = f"{edit.label}({', '.join(edit.inputs)})"
-        self.weights[edit.name] = Weight(edit.shape, edit.dtype, lambda: fn(*(s.load() for s in sources)), note, edit.inputs)
+        self.weights[edit.name] = Weight(
+            edit.shape, edit.dtype, lambda: fn(*(s.load() for s in sources)), note, edit.inputs
+        )
 
     def origins(self, name: str) -> list[str]:
         """The checkpoint's weights that a weight is made of, in order; itself if it is one."""
