@@ -47,8 +47,9 @@ class Shape:
 
     def plain(self) -> Shape:
         """The product alone: no norm, no residual, halves one after the other."""
+        name = f"{self.name.removesuffix('-alone')}-alone"
         return replace(
-            self, name=f"{self.name}-alone", J=self.parts * self.J, parts=1, norm=0, residual=False, stride=0
+            self, name=name, J=self.parts * self.J, parts=1, norm=0, residual=False, stride=0
         )
 
 
@@ -88,7 +89,6 @@ def added(a, b, m, n, ok, e0, e1, e2, e3, e4, e5):
 def gated(a, b, m, n, ok, e0, e1, e2, e3, e4, e5):
     return a * tl.sigmoid(a) * b
 """
-_SCALES = {"e4m3": "*i32", "e8m0": "*i32", "zeros": "*i32", "bfloat16": "*bf16", "float32": "*fp32"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Variant:
         """To compile and launch."""
         s, told, config = self.shape, constants(SCHEMES[self.scheme]), dict(self.config)
         types = [("w", "*i32")]
-        types += [("scales", _SCALES[str(told["SCALE"])])] * (told["SIDE"] != "rows")
+        types += [("scales", "*i32")] * (told["SIDE"] != "rows")
         types += [("factor", "*fp32")] * (told["FACTORS"] != 0) + [("y", "*bf16"), ("e0", "*bf16")]
         types += [("e1", "*bf16")] * s.norm + [("e2", "*bf16")] * s.residual + [("N", "i32")]
         types += [("tickets", "*i32"), ("partial", "*fp32")] * (config["SPLIT_K"] > 1)

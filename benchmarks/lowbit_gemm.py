@@ -8,7 +8,7 @@ Each case (scheme, shape, tokens) alone, most wanted first: every configuration 
 exactly dequantised weights, then 300 calls back to back with the first of them, and what is right is timed in turns
 with the peers, each a CUDA graph of 24 launches or more over rotating copies of the weights (6 and 400 MB at least);
 medians. `chain`: 32 layers' four products with weights of their own, each reading what the last wrote, in one graph.
-The result file is written after every case. Only kernels that the cache has are tried, unless --compile is given.
+The result file is written after every case. Only kernels that the cache has are tried; --compile fills it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def jobs(models: Iterable[str]) -> list[Job]:
         found += [("nvfp4", shape, 1) for shape in shapes]
         found += [(scheme, shape, 1) for scheme in ("int4_g128", "mxfp4") for shape in shapes]
         found += [("nvfp4", alone[0], 1)]
-        found += [("nvfp4", shape, tokens) for tokens in (16, 8, 64, 32) for shape in shapes]
+        found += [("nvfp4", shape, tokens) for tokens in (16, 64) for shape in shapes]
+        found += [("nvfp4", alone[0], tokens) for tokens in (16, 64)]
+        found += [("nvfp4", shape, tokens) for tokens in (8, 32) for shape in shapes]
         found += [("nvfp4", shape, 1) for shape in alone[1:]]
         found += [(scheme, shapes[0], 1) for scheme in ("fp8_channel", "mxfp6_e2m3", "mxfp8", "int8")]
         found += [(scheme, shape, tokens) for tokens in (16, 64) for scheme in ("int4_g128", "mxfp4") for shape in shapes]
@@ -102,7 +104,7 @@ class Bench:
         if not error <= 1.5 * torchs:
             return f"error {error:.2e}, torch's bf16 is {torchs:.2e}", error
         far = (y[0].double() - want).abs() - want.abs() / 128
-        if not float(far.max()) <= float(want.square().mean().sqrt()) / 64:
+        if not float(far.max()) <= float(want.square().mean().sqrt()) / 32:
             return f"one element is {float(far.max()):.2e} off", error
         unequal = int((y != y[0]).any(-1).any(-1).sum())
         return (f"{unequal} of {CALLS} calls differ" if unequal else None), error
@@ -271,7 +273,7 @@ def compile_all(wanted: list[Variant], workers: int, seconds: float) -> None:
     def work() -> None:
         while time.perf_counter() < end:
             try:
-                one = [todo.get_nowait() for _ in range(min(12, max(1, todo.qsize())))]
+                one = [todo.get_nowait() for _ in range(min(48, max(1, todo.qsize() // 2)))]
             except queue.Empty:
                 return
             while one:
@@ -320,12 +322,10 @@ def run(args: argparse.Namespace, plan: dict[Job, list[Variant]]) -> None:
         chosen = best.setdefault((shape.model, scheme, tokens), {})
         chosen.update({shape.name: v for v in right[:1]})
         if set(SHAPES) <= set(chosen) and len(chosen) == len(SHAPES):
-            chosen_now = {n: chosen[n] for n in SHAPES}
-            if all(_there(v.kernel()) and _there(_without(v).kernel()) for v in chosen_now.values()):
-                try:
-                    results["chain"].append(chain(bench, shape.model, scheme, tokens, chosen_now))
-                except RuntimeError as error:
-                    print(f"chain: {error}")
+            try:
+                results["chain"].append(chain(bench, shape.model, scheme, tokens, chosen))
+            except (RuntimeError, BuildError) as error:
+                print(f"chain: {error}", flush=True)
             torch.cuda.empty_cache()
         if args.out:
             results["bandwidth"] = {"read": denominators.read, "copied": denominators.copied}
@@ -372,7 +372,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=None, help="the first so many")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--only", choices=["compile"])
-    parser.add_argument("--compile", action="store_true", help="compile what is missing first")
+    parser.add_argument("--compile", type=float, default=0.0, metavar="SECONDS", help="first compile what is missing")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--accept", type=Path, help="measure nothing: put this file's results into the shipped table")
     args = parser.parse_args()
@@ -389,13 +389,16 @@ def main() -> None:
         if not shape.name.endswith("-alone"):
             tried += [v for v in (_without(w) for w in tried[:3]) if v not in tried]
     if args.only == "compile" or args.compile:
-        compile_all([v for tried in plan.values() for v in tried], args.jobs, 60 * args.minutes)
+        seconds = args.compile or 60 * args.minutes
+        compile_all([v for tried in plan.values() for v in tried], args.jobs, seconds)
     if args.only == "compile":
         return
     if not torch.cuda.device_count():
         print("no NVIDIA GPU here: nothing measured")
         return
-    run(args, {job: [v for v in tried if _there(v.kernel())] for job, tried in plan.items()})
+    there = {job: [v for v in tried if _there(v.kernel())] for job, tried in plan.items()}
+    print(f"{sum(map(len, there.values()))} of {sum(map(len, plan.values()))} variants are compiled", flush=True)
+    run(args, there)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ lane has 8 of every 32. Scales lie beside in the order in which lanes read them:
 - for a scale of one byte every 16 or 32 weights, which the kernel puts on the weights: int32 [stripe, block of
   8 * own columns, g, t], bytes (first or second half of the block, row g or g + 8). E4M3 becomes 5 bits of exponent
   and 3 of mantissa, without subnormals; E8M0 is counted from the tensor's largest, which becomes 254.
-- for groups of 32 and more, whose sums are scaled: [stripe, group, 16 rows] bfloat16 or float32; with zero points
-  int32, the bits of the bfloat16 in the upper half and in the lower one those of -(128 + zero point).
+- for groups of 32 and more, whose sums are scaled: int32 [stripe, group, 8], the bfloat16 of row g in the lower half
+  and of row g + 8 in the upper one; float32: its bits, [stripe, group, 16 rows]; with zero points [stripe, group, 16],
+  the bfloat16 in the upper half and in the lower one the bfloat16 -(128 + zero point).
 - for scales of a row or a tensor, and the tensor's global scale: float32 `factor` [rows] or [1], which also takes
   back what was added to exponents.
 
@@ -214,12 +215,16 @@ def _group_scales(scheme: Scheme, scales: Tensor, zero_points: Tensor | None, ro
     if scheme.rows != 1:
         scales = scales.repeat_interleave(scheme.rows, 0)[:rows]
     scales = _striped(scales, scheme)
+    if scheme.scale == "float32":
+        return scales.view(torch.int32)
+    scales = scales.view(torch.int16).int()
     if scheme.symmetric:
-        return scales
+        low, high = scales.chunk(2, -1)
+        return (high << 16 | (low & 0xFFFF)).contiguous()
     if zero_points is None:
         raise BuildError(f"scheme {scheme.name} has zero points, and none were given")
     zero = _striped(zero_points, scheme).int() | 0xC300
-    return (scales.view(torch.int16).int() << 16 | zero).contiguous()
+    return (scales << 16 | zero).contiguous()
 
 
 def _striped(values: Tensor, scheme: Scheme) -> Tensor:

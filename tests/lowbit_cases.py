@@ -38,9 +38,8 @@ class Case:
     def kernel(self, config: Mapping[str, Any], pdl: bool = False) -> Kernel:
         """Parameters without a tensor are constants of None."""
         of_scheme = constants(SCHEMES[self.scheme])
-        held = {"e4m3": "*i32", "e8m0": "*i32", "zeros": "*i32", "bfloat16": "*bf16", "float32": "*fp32"}
         types = [("w", "*i32")]
-        types += [("scales", held[of_scheme["SCALE"]])] * (of_scheme["SIDE"] != "rows")
+        types += [("scales", "*i32")] * (of_scheme["SIDE"] != "rows")
         types += [("factor", "*fp32")] * (of_scheme["FACTORS"] > 0)
         types += [("y", "*bf16"), ("e0", "*bf16")]
         types += [("e1", "*bf16")] * self.norm + [("e2", "*bf16"), ("e3", "*bf16")] * self.added + [("N", "i32")]
@@ -84,7 +83,8 @@ class Data:
             return torch.randn(shape, generator=make)
 
         rows = case.skip + case.parts * case.J
-        w = random(rows, case.K) * torch.exp(random(rows, 1)) * torch.exp2(random(1, case.K)) * case.K**-0.5
+        sizes = torch.rand(rows, 1, generator=make) + 0.5, torch.rand(1, case.K, generator=make) + 0.5
+        w = random(rows, case.K) * sizes[0] * sizes[1] * case.K**-0.5
         q = quantize(w, case.scheme)
         laid = lay(q.packed(), q.scales, q.global_scale, q.zero_points, q.scheme, case.K)
         x = random(tokens, case.K) * torch.logspace(-1, 1, tokens)[:, None]

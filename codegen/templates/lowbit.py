@@ -17,7 +17,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from llmopt.codegen.lowbit_layout import COLUMNS, side
+from llmopt.codegen.lowbit_layout import COLUMNS, own, side
 from llmopt.codegen.templates.lowbit_tile import (
     INTERPRETED,
     constant_operand,
@@ -26,6 +26,7 @@ from llmopt.codegen.templates.lowbit_tile import (
     load_group_scales,
     load_words,
     operand,
+    placed,
 )
 from llmopt.codegen.templates.paged import drain
 from llmopt.compiler.quant.schemes import SCHEMES
@@ -47,44 +48,29 @@ def _part(
         put = load_byte_scales(scales, stripe, first, SCALE, KP, BATCH * BLOCK_K, OWN, END)
     elif SIDE == "sums":
         GROUPS: tl.constexpr = BATCH
-        group = load_group_scales(scales, stripe, first, GROUP, KP, BATCH)
+        word, factor = load_group_scales(scales, stripe, first, SCALE, GROUP, KP, BATCH, END)
         if SCALE == "zeros":
-            factor = (group & -65536).to(tl.float32, bitcast=True)
-            put = _beside((group & 65535) * 65537)
-        elif SCALE == "float32":
-            factor = group
-            put = _beside(constant_operand(group.to(tl.int32, bitcast=True), ELEMENT))
+            put = (word & 65535) * 65537
         else:
-            factor = group.to(tl.float32)
-            put = _beside(constant_operand(group.to(tl.int16, bitcast=True), ELEMENT))
-        factor = tl.permute(factor, 1, 0, 2)
-        if BATCH == 1:
-            factor = tl.reshape(factor, [S * 16, 1])
-        else:
-            factor = tl.reshape(factor, [BATCH, S * 16, 1])
+            put = constant_operand(word, ELEMENT)
+        factor = tl.reshape(factor, [BATCH, S * 16, 1] if BATCH > 1 else [S * 16, 1])
     else:
         GROUPS: tl.constexpr = 1
-        put = constant_operand(tl.zeros([1, 1, 1, 1, 1, 1], tl.int32), ELEMENT)
+        put = constant_operand(placed(a, 1), ELEMENT)
     return operand(a, b, c, put, ELEMENT, GROUPS, BATCH, BLOCK_K, WIDE), factor
 
 
 @triton.jit
-def _beside(group):
-    # [S, groups, 16] as the words are placed
-    group = tl.permute(tl.reshape(group, [group.shape[0], group.shape[1], 2, 8]), 0, 2, 3, 1)
-    return group[:, :, :, :, None, None]
-
-
-@triton.jit
-def _product(a, x, acc, factor, SIDE: tl.constexpr, DRAIN: tl.constexpr):
-    # a [BATCH, R, K], x [BATCH, K, M] or both without BATCH; acc [R, M], or [BATCH, R, M] where sums are not scaled
+def _product(a, x, acc, factor, SIDE: tl.constexpr, SLICES: tl.constexpr, DRAIN: tl.constexpr):
+    # a [BATCH, R, K], x [BATCH, K, M] or both without BATCH; acc [R, M], or with more than one slice [SLICES, R, M]
     if INTERPRETED:  # which would multiply the integers that it keeps bf16 in
         a = a.to(tl.float32)
         x = x.to(tl.float32)
     if SIDE == "sums":
         part = tl.dot(a, x, input_precision="ieee") * factor
-        if len(part.shape) == 3:
-            part = tl.sum(part, axis=0)
+        if len(part.shape) == 3:  # a warp has every SLICES-th group of a step
+            part = tl.reshape(part, [part.shape[0] // SLICES, SLICES, part.shape[1], part.shape[2]])
+            part = tl.reshape(tl.sum(part, axis=0), acc.shape)
         acc += part
     else:
         acc = tl.dot(a, x, acc, input_precision="ieee")
@@ -138,7 +124,7 @@ def lowbit(  # noqa: C901
     e8m0, bfloat16, float32, or "zeros" where zero points stand beside; FACTORS 0 none, 1 one, 2 one a row. X is LOAD_X,
     with NORM times LOAD_G, rounded to bf16, and the sums divided by the root of the mean of LOAD_X's squares plus EPS.
     BLOCK_M 1: the one token is loaded once for all eight columns. A step is of SLICES * UNROLL times BLOCK_K columns,
-    which SLICES warps share. Grid (cdiv(J, BLOCK_J), SPLIT_K). With SPLIT_K > 1: tickets i32 [cdiv(J, BLOCK_J)], zero
+    which SLICES warps share; UNROLL is 1 unless SIDE is "sums". Grid (cdiv(J, BLOCK_J), SPLIT_K). With SPLIT_K > 1: tickets i32 [cdiv(J, BLOCK_J)], zero
     before and after, partial fp32 [cdiv(J, BLOCK_J) * SPLIT_K * (PARTS * BLOCK_J + NORM) * max(BLOCK_M, 8)]. WIDE:
     wgmma; DRAIN: its products of a step end before the next step's weights are made.
     """
@@ -157,10 +143,10 @@ def lowbit(  # noqa: C901
     if J % BLOCK_J != 0:
         stripe = tl.minimum(stripe, (J - 1) // 16)  # stripes past the end repeat the last one; they are not stored
     stripe = stripe.to(tl.int64)
-    if SIDE == "sums" or BATCH == 1:
+    if SLICES == 1:
         acc0 = tl.zeros([BLOCK_J, COLUMNS], tl.float32)
     else:
-        acc0 = tl.zeros([BATCH, BLOCK_J, COLUMNS], tl.float32)
+        acc0 = tl.zeros([SLICES, BLOCK_J, COLUMNS], tl.float32)
     acc1 = acc0
     # tokens past the end repeat the last one; they are not stored
     m = tl.minimum(tl.arange(0, BLOCK_M)[:, None], N - 1) if BLOCK_M > 1 else tl.zeros([1, 1], tl.int32)
@@ -196,15 +182,15 @@ def lowbit(  # noqa: C901
                 x = tl.broadcast_to(x, [BLOCK_K, COLUMNS])
             else:
                 x = tl.broadcast_to(x, [BATCH, BLOCK_K, COLUMNS])
-        acc0 = _product(a0, x, acc0, f0, SIDE, DRAIN)
+        acc0 = _product(a0, x, acc0, f0, SIDE, SLICES, DRAIN)
         if PARTS == 2:
-            acc1 = _product(a1, x, acc1, f1, SIDE, DRAIN)
+            acc1 = _product(a1, x, acc1, f1, SIDE, SLICES, DRAIN)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     square = tl.sum(squares, axis=1)
     if BLOCK_M < 8:
         square = tl.broadcast_to(square, [COLUMNS])
-    if SIDE != "sums" and BATCH > 1:
+    if SLICES > 1:
         acc0 = tl.sum(acc0, axis=0)
         if PARTS == 2:
             acc1 = tl.sum(acc1, axis=0)
@@ -314,9 +300,10 @@ def _config(
     if side(kind) == "sums":
         columns, unroll = kind.group, 1 if warps else max(1, columns // kind.group)
     step = columns * slices * unroll
-    least = 256 if kind.scale == "e8m0" else 128
+    least = 8 * own(kind) if side(kind) == "weights" else 32
     rows //= shape["PARTS"]
-    if rows < 16 or step % least or (warps and (columns < 64 or rows < 64)):
+    shared = columns if slices > 1 else step  # a word of scales stays within a warp
+    if rows < 16 or shared % least or (warps and (columns < 64 or rows < 64)):
         return None
     if split > 1 and (in_all % (step * split) or in_all < 2 * step * split):
         return None

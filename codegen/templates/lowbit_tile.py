@@ -67,10 +67,12 @@ def _load(at, column, END: tl.constexpr):
 
 
 @triton.jit
-def _placed(words, GROUPS: tl.constexpr, EACH: tl.constexpr):
-    # [S, blocks, 128] as [S, row of the pair, g, groups, words of a group, t]
-    words = tl.permute(tl.reshape(words, [words.shape[0], words.shape[1], 8, 4, 2, 2]), 0, 5, 2, 1, 4, 3)
-    return tl.reshape(words, [words.shape[0], 2, 8, GROUPS, EACH, 4])
+def placed(words, GROUPS: tl.constexpr):
+    """Words of a plane as [S, row of the pair, g, GROUPS, words of a group, t]."""
+    S: tl.constexpr = words.shape[0]
+    EACH: tl.constexpr = 2 * words.shape[1] // GROUPS
+    words = tl.permute(tl.reshape(words, [S, words.shape[1], 8, 4, 2, 2]), 0, 5, 2, 1, 4, 3)
+    return tl.reshape(words, [S, 2, 8, GROUPS, EACH, 4])
 
 
 @triton.jit
@@ -93,12 +95,25 @@ def load_byte_scales(s, stripe, first, KIND: tl.constexpr, KP: tl.constexpr, COU
 
 
 @triton.jit
-def load_group_scales(s, stripe, first, GROUP: tl.constexpr, KP: tl.constexpr, GROUPS: tl.constexpr):
-    """What stands beside groups of columns from `first` on, [S, GROUPS, 16]; rows beyond KP's are not asked for."""
-    PER: tl.constexpr = (KP + 255) // 256 * 256 // GROUP
+def load_group_scales(
+    s, stripe, first, SCALE: tl.constexpr, GROUP: tl.constexpr, KP: tl.constexpr, GROUPS: tl.constexpr,
+    END: tl.constexpr,
+):  # fmt: skip
+    """(the word beside a row's group, int32 [S, 2, 8, GROUPS, 1, 1] as the words of the weights are placed; the scale,
+    fp32 [GROUPS, S, 2, 8]), for groups from column `first` on. A word of bfloat16 scales serves rows g and g + 8."""
+    S: tl.constexpr = stripe.shape[0]
+    WORDS: tl.constexpr = 8 if SCALE == "bfloat16" else 16
     group = first // GROUP + tl.arange(0, GROUPS)[None, :, None]
-    at = s + stripe[:, None, None] * (PER * 16) + group * 16 + tl.arange(0, 16)[None, None, :]
-    return _load(at, group * GROUP, None if KP % (GROUP * GROUPS) == 0 else KP)
+    # a word for each row, even where two rows share one: what has fewer elements than threads is not loaded ahead
+    row = tl.arange(0, 16)[None, None, :]
+    word = _load(s + stripe[:, None, None] * (KP // GROUP * WORDS) + group * WORDS + row % WORDS, group * GROUP, END)
+    word = tl.permute(tl.reshape(word, [S, GROUPS, 2, 8]), 0, 2, 3, 1)
+    scale = word
+    if SCALE == "bfloat16":
+        scale = word << (16 - 16 * tl.arange(0, 2)[None, :, None, None])
+    if SCALE != "float32":
+        scale = scale & -65536
+    return word[:, :, :, :, None, None], tl.permute(scale, 3, 0, 1, 2).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -106,10 +121,10 @@ def constant_operand(like, ELEMENT: tl.constexpr):
     """The operand of weights without a scale of their own, int32 as `like`: which takes no part, but is loaded ahead
     with what the product needs, since it leads there."""
     if INTERPRETED:
-        return like.to(tl.int32) * 0 + (constant_scale(ELEMENT) - (1 << 32) * (constant_scale(ELEMENT) >> 31))
+        return like * 0 + (constant_scale(ELEMENT) - (1 << 32) * (constant_scale(ELEMENT) >> 31))
     else:
         return tl.inline_asm_elementwise(
-            moves(constant_scale(ELEMENT)), "=r,r", [like.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1
+            moves(constant_scale(ELEMENT)), "=r,r", [like], dtype=tl.int32, is_pure=True, pack=1
         )
 
 
@@ -132,10 +147,9 @@ def operand(
     VALUES: tl.constexpr = shape_of(ELEMENT)[2]
     S: tl.constexpr = a.shape[0]
     ROWS: tl.constexpr = S * 16
-    EACH: tl.constexpr = BATCH * COLUMNS // (4 * VALUES * GROUPS)
-    a = _placed(a, GROUPS, EACH)
-    b = _placed(b, GROUPS, EACH)
-    c = _placed(c, GROUPS, EACH)
+    a = placed(a, GROUPS)
+    b = placed(b, GROUPS)
+    c = placed(c, GROUPS)
     a, scales = tl.broadcast(a, scales)
     if INTERPRETED:
         v = _values(a, b, c, scales, ELEMENT)

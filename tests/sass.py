@@ -1,0 +1,71 @@
+"""What stands in a cubin's machine code: the loop, what its instructions cost, and registers written too early."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+# what moves data between lanes or to memory that only registers should hold
+MOVES = ("SHFL", "STS", "STSM", "LDL", "STL")
+
+
+def machine_code(cubin: bytes) -> list[str]:
+    """Labels and instructions, one an element, predicates left out."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^(\.L_x_\d+:)|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", text, re.MULTILINE)
+    return [label or instruction.strip() for label, instruction in found]
+
+
+def loop(code: list[str]) -> list[str]:
+    """The longest stretch that is repeated: from a label that a later branch goes back to, up to that branch."""
+    found = []
+    for end, text in enumerate(code):
+        back = re.fullmatch(r"BRA.*\((\.L_x_\d+)\)", text)
+        if back and f"{back[1]}:" in code[:end]:
+            found.append(code[code.index(f"{back[1]}:") : end + 1])
+    return [text for text in max(found, key=len) if not text.startswith(".L")]
+
+
+def names(code: list[str]) -> Counter[str]:
+    """How often each instruction stands there, modifiers left out."""
+    return Counter(re.split(r"[. ]", text)[0] for text in code)
+
+
+def overwritten(code: list[str]) -> list[str]:
+    """Instructions of a loop that write registers which a wgmma may still be reading: two turns of it are walked.
+
+    A wgmma that takes its left operand from registers reads them while the code behind it runs already. They are free
+    once WARPGROUP.DEPBAR has waited for the group it belongs to; a group ends with the product that counts (gsb0).
+    """
+    found: list[str] = []
+    groups: list[set[str]] = []
+    current: set[str] = set()
+    for text in [*code, *code]:
+        if left := re.search(r"^HGMMA\S* R\d+, R(\d+), gdesc", text):
+            current |= {f"R{int(left[1]) + i}" for i in range(4)}
+            if "gsb0" in text:
+                groups, current = [*groups, current], set()
+        elif wait := re.match(r"WARPGROUP\.DEPBAR\S* gsb0, (0x[0-9a-f]+)", text):
+            left_over = int(wait[1], 16)
+            groups = groups[len(groups) - left_over :] if left_over else []
+        elif current.union(*groups) & _written(text):
+            found.append(text)
+    return found
+
+
+def _written(text: str) -> set[str]:
+    """Registers that an instruction writes."""
+    written = re.match(r"(?!ST|RED|BAR|BRA|HGMMA)(\S+) R(\d+)", text)
+    if written is None:
+        return set()
+    wide = 4 if ".128" in written[1] or written[1].startswith("LDSM") else 2 if re.search(r"\.64|WIDE", written[1]) else 1
+    return {f"R{int(written[2]) + i}" for i in range(wide)}
