@@ -36,7 +36,7 @@ from llmopt.runtime.loader import Regions
 from llmopt.runtime.replace import Folder, replacing, settle
 from llmopt.runtime.report import Report
 from llmopt.runtime.serialize import graph_from_data, graph_to_data
-from llmopt.runtime.tensors import encoded, read_shards, shards, stored_names
+from llmopt.runtime.tensors import distinct, encoded, read_shards, shards
 from llmopt.runtime.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 VERSION = 3
@@ -133,12 +133,12 @@ def _write_weights(folder: Folder, program: Program, weights: Mapping[str, Tenso
         return weights[name] if name in weights else program.weights[name].load()
 
     used = program.used_weights()
-    stored = stored_names(used, read)
+    stored: dict[str, str] = {}
     files: dict[str, str] = {}
-    for number, group in enumerate(shards({k: used[k] for k in used if stored[k] == k}), 1):
+    for number, group in enumerate(shards(distinct(used, read, stored)), 1):
         file = f"weights-{number:05d}.safetensors"
         with folder.open(file) as write:
-            for piece in encoded(group, read):
+            for piece in encoded(group):
                 write(piece)
         files.update(dict.fromkeys(group, file))
     return {name: [files[stored[name]], stored[name], weight.note] for name, weight in used.items()}

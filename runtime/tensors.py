@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,17 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
-def stored_names(names: Mapping[str, Weight], read: Read) -> dict[str, str]:
-    """For each weight, the name its data are stored under: its own, or that of an earlier one with the same bytes.
+def distinct(weights: Mapping[str, Weight], read: Read, stored: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Each weight that no earlier one equals, read once, as some are computed when they are read.
 
-    Tied weights are found this way however they came apart (two names of a file, a fold and its copy). Only tensors
-    that agree in type and in their ends are compared whole.
+    `stored` gets for each weight the name its data are stored under: its own, or that of an earlier one with the same
+    bytes. Tied weights are found this way however they came apart (two names of a file, a fold and its copy). Only
+    tensors that agree in type and in their ends are compared whole, and read again for it.
     """
     firsts: dict[Any, list[str]] = {}
-    stored: dict[str, str] = {}
-    for name, weight in names.items():
-        data = _bytes(read(name))
+    for name, weight in weights.items():
+        tensor = read(name)
+        data = _bytes(tensor)
         if len(data) != weight.nbytes:
             raise ArtifactError(
                 f"weight {name!r} reads as {len(data)} bytes, wanted {weight.nbytes}; the model's weights were changed "
@@ -47,42 +48,44 @@ def stored_names(names: Mapping[str, Weight], read: Read) -> dict[str, str]:
         stored[name] = next((s for s in same if _is_same(_bytes(read(s)), data)), name)
         if stored[name] == name:
             same.append(name)
-    return stored
+            yield name, tensor
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
 
 
-def shards(weights: Mapping[str, Weight], limit: int = SHARD_BYTES) -> list[dict[str, Weight]]:
-    """The weights in order, in groups of at most `limit` bytes (or of a single larger one)."""
-    groups: list[dict[str, Weight]] = []
-    room = -1
-    for name, weight in weights.items():
-        if weight.nbytes > room:
-            groups.append({})
-            room = limit
-        groups[-1][name] = weight
-        room -= weight.nbytes
-    return groups
+def shards(tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES) -> Iterator[dict[str, Tensor]]:
+    """The tensors in order, in groups of at most `limit` bytes (or of a single larger one); one group is held."""
+    group: dict[str, Tensor] = {}
+    room = limit
+    for name, tensor in tensors:
+        if group and tensor.nbytes > room:
+            yield group
+            group, room = {}, limit
+        group[name] = tensor
+        room -= tensor.nbytes
+    if group:
+        yield group
 
 
-def encoded(weights: Mapping[str, Weight], read: Read) -> Iterator[Any]:
-    """A safetensors file of these weights, piece by piece (bytes-like); one weight is in memory at a time."""
+def encoded(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
+    """A safetensors file of these tensors, piece by piece (bytes-like)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name, weight in weights.items():
-        if weight.dtype not in _NAMES:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
             raise ArtifactError(
-                f"weight {name!r} is {weight.dtype}, which an artifact cannot hold; wanted {', '.join(_NAMES.values())}"
+                f"weight {name!r} is {tensor.dtype}, which an artifact cannot hold; wanted {', '.join(_NAMES.values())}"
             )
-        header[name] = {"dtype": _NAMES[weight.dtype], "shape": weight.shape, "data_offsets": [at, at + weight.nbytes]}
-        at += weight.nbytes
+        shape = tuple(tensor.shape)
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
     text = json.dumps(header).encode()
     size = math.ceil((len(text) + 8) / _ALIGNMENT) * _ALIGNMENT - 8
     yield size.to_bytes(8, "little") + text.ljust(size)
-    for name in weights:
-        yield _bytes(read(name)).numpy().data
+    for tensor in tensors.values():
+        yield _bytes(tensor).numpy().data
 
 
 def read_shards(folder: Path, where: Mapping[str, tuple[str, str, str]]) -> dict[str, Weight]:

@@ -127,17 +127,19 @@ def test_equal_weights_share_memory():
     other[10, 10] = -1  # equal ends
     named = {"a": tied, "b": other, "c": tied.clone(), "d": tied.reshape(30, 20), "e": tied.to(torch.float16)}
     weights = {name: tensor_weight(t) for name, t in named.items()}
-    assert tensors.stored_names(weights, named.__getitem__) == {"a": "a", "b": "b", "c": "a", "d": "d", "e": "e"}
+    stored: dict[str, str] = {}
+    found = [name for name, _ in tensors.distinct(weights, named.__getitem__, stored)]
+    assert stored == {"a": "a", "b": "b", "c": "a", "d": "d", "e": "e"}
+    assert found == ["a", "b", "d", "e"]
 
 
 @pytest.mark.parametrize("limit", [1, 100, 10**6])
 def test_shards(limit: int, tmp_path: Path):
     kinds = [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.float8_e4m3fn, torch.int64]
     named = {f"w{i}": torch.arange(i * 3).to(kinds[i % 6]).reshape(3, i) for i in range(9)} | {"s": torch.tensor(2.5)}
-    weights = {name: tensor_weight(t) for name, t in named.items()}
     found = {}
-    for number, group in enumerate(tensors.shards(weights, limit)):
-        (tmp_path / str(number)).write_bytes(b"".join(tensors.encoded(group, named.__getitem__)))
+    for number, group in enumerate(tensors.shards(named.items(), limit)):
+        (tmp_path / str(number)).write_bytes(b"".join(tensors.encoded(group)))
         assert sum(w.nbytes for w in group.values()) <= limit or len(group) == 1
         found.update(load_file(tmp_path / str(number)))
     assert found.keys() == named.keys()
@@ -186,3 +188,13 @@ def test_default_recipe_without_a_compiler(tmp_path: Path):
     out = in_a_fresh_process(tmp_path / "a", code, **environment)
     assert out["tokens"] == model.generate(ids, max_new_tokens=16)
     assert out["text"] == model.text()
+
+
+def test_a_weight_is_read_once_to_be_saved():
+    read: list[str] = []
+    named = {name: torch.full((64, 64), float(i)) for i, name in enumerate("abc")}
+    weights = {name: tensor_weight(t) for name, t in named.items()}
+    stored: dict[str, str] = {}
+    for _ in tensors.shards(tensors.distinct(weights, lambda n: read.append(n) or named[n], stored), limit=20000):
+        pass
+    assert read == ["a", "b", "c"]
