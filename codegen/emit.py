@@ -34,6 +34,7 @@ from torch import fx
 from llmopt.codegen import pointwise, reductions, views
 from llmopt.codegen.index import ZERO, Factors, Index, sizes_of, split, variable
 from llmopt.codegen.printer import Given, Lane, Operands, Print, Printer, Value, Variable
+from llmopt.compiler.emittable import bias_of
 from llmopt.compiler.errors import EmitError
 from llmopt.compiler.graph import where
 
@@ -161,7 +162,7 @@ def epilogue_hook(
     if any(s != (1, ()) for s in sizes_of(result.meta["val"])[: token_axis(result)]):
         raise EmitError(f"{where(result)}: has an axis ahead of the tokens; wanted a result [N, {size}] in memory")
     m, n = variable("m", None), variable("n", size)
-    if any(isinstance(bias, fx.Node) for bias in anchor.args[2:]):
+    if bias_of(anchor) is not None:
         raise EmitError(f"{where(anchor)}: adds a bias itself; wanted it added by a node of its own")
     printer = _printer(operands, {"m": Variable(m, None), "n": Variable(n, f"n < {size}")}, stored)
     offsets: list[int] = []

@@ -3,12 +3,12 @@
 Classes "1", "8", ... "64" are decoding steps of so many tokens at most, each of its own sequence; there a region is
 one kernel:
 
-    gemm       y = EPILOGUE(W . NORM(x))       gemv for one token, else gemm
+    gemm       y = EPILOGUE(W . NORM(x))       gemv for one token, else gemm; lowbit where W has few bits
     attention  q, k, v made from the products before, k and v stored, attend      decode_attention
     rows       everything without an anchor    rows
 
-Class "many" is any other step: the product is torch's (cuBLAS), attention works on tiles of queries, and what stands
-before and behind them are kernels over rows.
+Class "many" is any other step: the product is torch's (cuBLAS, low-bit weights decoded first), attention works on
+tiles of queries, and what stands before and behind them are kernels over rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def region_code(graph: Graph, shape: str, target: Target) -> RegionCode:
     try:
         if list(region.graph.calls("attend")):
             many_attention(region) if shape == MANY else attention(region, int(shape))
-        elif list(region.graph.calls("linear")):
+        elif region.products():
             many_product(region) if shape == MANY else product(region, int(shape))
         else:
             _rows(region)
@@ -39,7 +39,9 @@ def region_code(graph: Graph, shape: str, target: Target) -> RegionCode:
             f"region {graph.name} for class {shape}: {error}; set LLMOPT_PROVIDER=reference to run the model by "
             "torch's own ops, and report the model"
         ) from error
-    return RegionCode(tuple(region.calls), region.outputs, tuple(region.temporaries), tuple(region.notes))
+    made = region.calls, region.temporaries, region.notes, region.prepared
+    calls, temporaries, notes, prepared = (tuple(found) for found in made)
+    return RegionCode(calls, region.outputs, temporaries, notes, prepared)
 
 
 def _rows(region: FusedRegion) -> None:

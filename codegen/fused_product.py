@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from llmopt.codegen.emit import epilogue_hook, load_g_hook, load_x_hook, per_token
+from llmopt.codegen.fused_lowbit import decoded_weight, laid_weight, scheme
 from llmopt.codegen.fused_region import (
     Argument,
     FusedRegion,
@@ -22,18 +23,18 @@ from llmopt.codegen.fused_region import (
 )
 from llmopt.codegen.kernel import Buffer, Call, Scalar
 from llmopt.codegen.printer import Operands
-from llmopt.compiler.emittable import CASTS, keeps_order
+from llmopt.compiler.emittable import CASTS, keeps_order, op_name, weight_of
 from llmopt.compiler.errors import EmitError
 
 
 def product(region: FusedRegion, tokens: int) -> None:
     """One kernel; where no template takes it, torch's product between two kernels over rows, and a note of it."""
-    (linear,) = region.graph.calls("linear")
+    (linear,) = region.products()
     try:
         region.calls.append(_kernel(region, linear, tokens))
     except EmitError as error:
         region.notes.append(f"torch multiplies, between kernels over rows: {error}")
-        del region.temporaries[:]
+        del region.temporaries[:], region.prepared[:]
         many_product(region)
 
 
@@ -44,20 +45,20 @@ def _kernel(region: FusedRegion, linear: fx.Node, tokens: int) -> Call:
     load_x = load_x_hook(operands, x, region.stored)
     load_g = load_g_hook(operands, norm, region.stored) if norm is not None else None
     epilogue, offsets = epilogue_hook(operands, result, linear, region.stored)
-    weight = linear.args[1]
-    sizes = {"K": weight.meta["val"].shape[1], "J": per_token(result), "PARTS": len(offsets), "N": tokens}  # type: ignore[union-attr]
+    sizes = {"K": _columns(linear), "J": per_token(result), "PARTS": len(offsets), "N": tokens}
     sizes["NORM"] = int(norm is not None)
-    template = "gemv:gemv" if tokens == 1 else "gemm:gemm"
-    config = config_of(region, template, sizes, dtype_of(weight))  # type: ignore[arg-type]
+    template, kind, weight, told = _weight(region, linear, tokens, offsets)
+    config = config_of(region, template, sizes, kind)
     arguments: list[Argument] = [
-        ("w", type_of(weight), region.argument(weight)),  # type: ignore[arg-type]
+        *weight,
         ("y", type_of(result), "out0"),
         *passed(region, operands),
         ("N", "i32", region.tokens(linear)),
     ]
-    if template == "gemm:gemm":
-        arguments += _scratch(region, sizes, config)
+    if hasattr(template_of(template), "scratch"):
+        arguments += _scratch(region, template, sizes, config)
     constants: dict[str, Scalar] = {
+        **told,
         **{k: sizes[k] for k in ("K", "J", "PARTS", "NORM")},
         "OFFSET0": offsets[0],
         "OFFSET1": offsets[-1],
@@ -66,6 +67,21 @@ def _kernel(region: FusedRegion, linear: fx.Node, tokens: int) -> Call:
     }
     hooks = {"LOAD_X": load_x, "LOAD_G": load_g, "EPILOGUE": epilogue}
     return call_of(template, sizes, config, arguments, constants, hooks)
+
+
+def _weight(
+    region: FusedRegion, linear: fx.Node, tokens: int, offsets: tuple[int, ...]
+) -> tuple[str, str, list[Argument], dict[str, Scalar]]:
+    """(template, the dtype or scheme it is tuned for, its first arguments, constants of the scheme)."""
+    if op_name(linear) == "quantized_linear":
+        return "lowbit:lowbit", scheme(linear), *laid_weight(region, linear, offsets)
+    (weight,) = weight_of(linear)
+    given: list[Argument] = [("w", type_of(weight), region.argument(weight))]
+    return "gemv:gemv" if tokens == 1 else "gemm:gemm", dtype_of(weight), given, {}
+
+
+def _columns(linear: fx.Node) -> int:
+    return int(linear.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
 
 
 def _operand(linear: fx.Node) -> tuple[fx.Node, fx.Node | None]:
@@ -78,8 +94,8 @@ def _operand(linear: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     return linear.args[0], None  # type: ignore[return-value]
 
 
-def _scratch(region: FusedRegion, sizes: Mapping[str, int], config: Mapping[str, Any]) -> list[Argument]:
-    tickets, partial = template_of("gemm:gemm").scratch(sizes, config)
+def _scratch(region: FusedRegion, template: str, sizes: Mapping[str, int], config: Mapping[str, Any]) -> list[Argument]:
+    tickets, partial = template_of(template).scratch(sizes, config)
     if not tickets:
         return [("tickets", None, None), ("partial", None, None)]
     return [
@@ -90,14 +106,17 @@ def _scratch(region: FusedRegion, sizes: Mapping[str, int], config: Mapping[str,
 
 def many_product(region: FusedRegion) -> None:
     """The operand made, torch's product, the result made; the first and last only where there is something to do."""
-    (linear,) = region.graph.calls("linear")
-    x, weight = linear.args[:2]
+    (linear,) = region.products()
+    x = linear.args[0]
     result, tokens = region.result(), region.tokens(linear)
     place = region.place(x)  # type: ignore[arg-type]
     if place is None:
         place = region.temporary(region.buffer(x))  # type: ignore[arg-type]
         region.rows({x: place}, tokens)  # type: ignore[dict-item]
-    taken = (place, region.argument(weight))  # type: ignore[arg-type]
+    if op_name(linear) == "quantized_linear":
+        taken = place, decoded_weight(region, linear)
+    else:
+        taken = place, region.argument(*weight_of(linear))
     added = _added(region, linear)
     if added is not None:
         _product_and_sum(region, taken, added)

@@ -12,11 +12,11 @@ from torch import fx
 
 from llmopt.codegen.emit import Hook, source_of
 from llmopt.codegen.hooks import TEMPLATES
-from llmopt.codegen.kernel import Buffer, Call, Kernel, Scalar, Size
+from llmopt.codegen.kernel import Buffer, Call, Kernel, Prepared, Scalar, Size
 from llmopt.codegen.printer import TYPES, Operands
 from llmopt.codegen.rows import rows_calls
 from llmopt.codegen.tuning import pick
-from llmopt.compiler.emittable import keeps_order, op_name
+from llmopt.compiler.emittable import PRODUCTS, bias_of, is_product, keeps_order, op_name
 from llmopt.compiler.errors import EmitError
 from llmopt.compiler.graph import Graph
 from llmopt.compiler.target import Target
@@ -35,16 +35,21 @@ class FusedRegion:
     calls: list[Call] = field(default_factory=list)
     temporaries: list[Buffer] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    prepared: list[Prepared] = field(default_factory=list)
 
     @classmethod
     def of(cls, graph: Graph, target: Target) -> FusedRegion:
         """A region as it stands, without code."""
         graph = graph.copy()
-        for node in list(graph.calls("linear")):
+        for node in filter(is_product, list(graph.calls())):
             _split_bias(graph, node)
         region = cls(graph, target, {n: f"in{i}" for i, n in enumerate(graph.inputs())}, ())
         region.outputs = tuple(region.output(n) for n in graph.outputs())
         return region
+
+    def products(self) -> list[fx.Node]:
+        """The calls of products with weights; fuse gives a region one at most."""
+        return [n for n in self.graph.calls() if is_product(n)]
 
     def output(self, node: fx.Node) -> Buffer | str:
         """A buffer of the node's own, or the pages that a kv_write returns."""
@@ -144,16 +149,16 @@ def calls_any(node: fx.Node, names: Collection[str]) -> bool:
     return node.op == "call_function" and op_name(node) in names
 
 
-def _split_bias(graph: Graph, linear: fx.Node) -> None:
+def _split_bias(graph: Graph, product: fx.Node) -> None:
     """linear(x, w, b) as linear(x, w) + b: torch's product then takes any bias, and so does an epilogue."""
-    bias = linear.args[2] if len(linear.args) > 2 else None
-    if not isinstance(bias, fx.Node):
+    bias = bias_of(product)
+    if bias is None:
         return
-    linear.update_arg(2, None)
-    with graph.fx.inserting_after(linear):
-        added = graph.fx.call_function(torch.ops.aten.add.Tensor, (linear, bias))
-    added.meta["val"] = linear.meta["val"]
-    linear.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+    product.update_arg(PRODUCTS[op_name(product)][1], None)
+    with graph.fx.inserting_after(product):
+        added = graph.fx.call_function(torch.ops.aten.add.Tensor, (product, bias))
+    added.meta["val"] = product.meta["val"]
+    product.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
 
 
 def dtype_of(node: fx.Node) -> str:

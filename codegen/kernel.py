@@ -101,12 +101,34 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A weight in another form, made of some inputs once and kept with them: `form` (of `runtime.prepared`) called with
+    these `args` (inputs, None for no tensor) and `constants`; calls name its results `prepared0.words`, ..."""
+
+    form: str
+    args: tuple[str | None, ...]
+    constants: tuple[tuple[str, Scalar], ...]
+    results: tuple[str, ...]
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON types only; `from_data` reads it back."""
+        constants = [list(c) for c in self.constants]
+        return {"form": self.form, "args": list(self.args), "constants": constants, "results": list(self.results)}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Prepared:
+        """Read `to_data`'s form."""
+        constants = tuple((name, value) for name, value in data["constants"])
+        return cls(data["form"], tuple(data["args"]), constants, tuple(data["results"]))
+
+
+@dataclass(frozen=True)
 class Call:
     """One launch: a kernel over a grid, or one of torch's own ops (`op`, such as `linear`, with its `constants`).
 
-    `args` are the runtime arguments in order: `in0` (a region input), `out0`, `tmp0`, `tiles`, `layout`, or a size;
-    None for no tensor. An op writes its last argument, or gives a tensor that takes its place. `when`: one of `WHEN`,
-    the only steps of class many with this call; None for every step.
+    `args` are the runtime arguments in order: `in0` (a region input), `out0`, `tmp0`, `prepared0.words`, `tiles`,
+    `layout`, or a size; None for no tensor. An op writes its last argument, or gives a tensor that takes its place.
+    `when`: one of `WHEN`, the only steps of class many with this call; None for every step.
     """
 
     args: tuple[Size | None, ...]
@@ -142,6 +164,7 @@ class RegionCode:
     outputs: tuple[Buffer | str, ...]
     temporaries: tuple[Buffer, ...] = ()
     notes: tuple[str, ...] = ()
+    prepared: tuple[Prepared, ...] = ()
 
     def kernels(self) -> tuple[Kernel, ...]:
         """The kernels called, each once."""
@@ -154,6 +177,7 @@ class RegionCode:
             "outputs": [o if isinstance(o, str) else o.to_data() for o in self.outputs],
             "temporaries": [t.to_data() for t in self.temporaries],
             "notes": list(self.notes),
+            "prepared": [p.to_data() for p in self.prepared],
         }
 
     @classmethod
@@ -162,7 +186,8 @@ class RegionCode:
         calls = tuple(Call.from_data(c, kernels) for c in data["calls"])
         outputs = tuple(o if isinstance(o, str) else Buffer.from_data(o) for o in data["outputs"])
         temporaries = tuple(Buffer.from_data(t) for t in data["temporaries"])
-        return cls(calls, outputs, temporaries, tuple(data["notes"]))
+        prepared = tuple(Prepared.from_data(p) for p in data["prepared"])
+        return cls(calls, outputs, temporaries, tuple(data["notes"]), prepared)
 
 
 _BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {

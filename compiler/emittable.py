@@ -37,6 +37,8 @@ REDUCTIONS = frozenset({
 # views of the same elements in the same order
 PLAIN_VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"})
 CASTS = frozenset({"to", "_to_copy"})
+# products with a weight, by what of their arguments holds it and which one is a bias
+PRODUCTS = {"linear": (range(1, 2), 2), "quantized_linear": (range(1, 5), 5)}
 OPERANDS = {"gemm": 6, "rows": 8}  # tensors a template's hooks may read
 OUTPUTS = 4  # tensors a kernel over rows may write
 LONGEST_ROW = 16384  # elements of a reduced axis: one program holds them all
@@ -67,6 +69,37 @@ def argument(node: fx.Node, name: str, default: Any) -> Any:
             found = node.kwargs.get(name, given.default_value)
             return default if found is None else found
     return node.kwargs.get(name, default)
+
+
+def is_product(node: fx.Node) -> bool:
+    """Is this a call of one of PRODUCTS? (An input may be named like an op.)"""
+    return node.op == "call_function" and op_name(node) in PRODUCTS
+
+
+def weight_of(product: fx.Node) -> list[fx.Node]:
+    """The tensors that hold a product's weight."""
+    held = (product.args[i] for i in PRODUCTS[op_name(product)][0])
+    return [arg for arg in held if isinstance(arg, fx.Node)]
+
+
+def bias_of(product: fx.Node) -> fx.Node | None:
+    """What a product adds to every row."""
+    at = PRODUCTS[op_name(product)][1]
+    bias = product.args[at] if at < len(product.args) else None
+    return bias if isinstance(bias, fx.Node) else None
+
+
+def why_no_product(product: fx.Node) -> str | None:
+    """None if the templates of products take this one, else the reason."""
+    if op_name(product) == "linear":
+        return None
+    x = product.args[0].meta["val"]  # type: ignore[union-attr]
+    activations = argument(product, "activations", "")
+    if activations:
+        return f"its activations are rounded to {activations}; kernels multiply them as they are"
+    if x.dtype != torch.bfloat16:
+        return f"low-bit weights are multiplied in bfloat16, and its operand is {x.dtype}".replace("torch.", "")
+    return None
 
 
 def reduced(node: fx.Node) -> int | None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from llmopt.compiler import knobs
-from llmopt.compiler.emittable import CASTS, keeps_order, op_name, puts_tokens_first
+from llmopt.compiler.emittable import CASTS, is_product, keeps_order, op_name, puts_tokens_first
 from llmopt.compiler.graph import Graph, origin, target_name
 from llmopt.compiler.pipeline import Context, Pass, PassStats
 from llmopt.compiler.program import Program
@@ -97,7 +97,7 @@ def repeat_norms(step: Graph) -> None:
         last = norm
         while len(last.users) == 1 and op_name(next(iter(last.users))) in CASTS:
             last = next(iter(last.users))
-        products = [u for u in last.users if target_name(u) == "linear" and u.args[0] is last]
+        products = [u for u in last.users if is_product(u) and reason_against(u) is None and u.args[0] is last]
         if len(products) == len(last.users):
             for product in products[1:]:
                 product.update_arg(0, _repeated(step, norm, last))

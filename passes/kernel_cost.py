@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from llmopt.compiler.emittable import PRODUCTS, op_name
 from llmopt.compiler.graph import target_name
 from llmopt.compiler.op import nbytes, op_of
 from llmopt.compiler.target import Target
@@ -48,7 +49,7 @@ class Costs:
         moved = sum(self.number(nbytes(n.meta["val"])) for n in (*read, *written) if n not in tables)
         flops, copies = 0.0, 1.0
         for node in reversed(nodes):
-            if target_name(node) == "linear":
+            if op_name(node) in PRODUCTS:
                 copies = max(1.0, self.number(node.meta["val"].shape[-1]) / SHARED_ROWS)
             else:
                 flops += copies * self.number(_flops(node))

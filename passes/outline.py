@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from llmopt.compiler.emittable import PRODUCTS
 from llmopt.compiler.graph import Graph, SizeType, target_name, type_of
 from llmopt.passes.partition import is_row_choice, is_view, reason_against
-
-PRODUCTS = ("linear", "quantized_linear")
 
 
 @dataclass
@@ -111,7 +110,7 @@ def _kernel_label(region: Region) -> str | None:
     names = {target_name(n) for n in region.nodes}
     if any(reason_against(n) is not None for n in region.nodes if not is_view(n)):
         return None
-    return "attention" if "attend" in names else "gemm" if "linear" in names else "rows"
+    return "attention" if "attend" in names else "gemm" if names & PRODUCTS.keys() else "rows"
 
 
 def _put(graph: Graph, regions: Sequence[Region], labelled: Sequence[tuple[Region, str]]) -> dict[str, Graph]:
@@ -188,7 +187,7 @@ def _without_slivers(pieces: list[list[fx.Node]]) -> list[list[fx.Node]]:
     return [*merged, pending] if pending else merged
 
 
-def _calls_any(piece: list[fx.Node], names: tuple[str, ...]) -> bool:
+def _calls_any(piece: list[fx.Node], names: Collection[str]) -> bool:
     return any(target_name(n) in names for n in piece)
 
 

@@ -24,10 +24,13 @@ from llmopt.compiler.emittable import (
     OPERANDS,
     OUTPUTS,
     POINTWISE,
+    PRODUCTS,
     REDUCTIONS,
     attention_shape,
     op_name,
+    weight_of,
     why_no_attention,
+    why_no_product,
     why_not,
 )
 from llmopt.compiler.graph import Graph
@@ -88,8 +91,8 @@ def reason_against(node: fx.Node) -> str | None:
     return _ANCHORS[op_name(node)](node) if op_name(node) in _ANCHORS else why_not(node)
 
 
-def _not_linear(node: fx.Node) -> str | None:
-    return None if _is_given(node.args[1]) else "its weight is computed"  # type: ignore[arg-type]
+def _not_product(node: fx.Node) -> str | None:
+    return why_no_product(node) if all(map(_is_given, weight_of(node))) else "its weight is computed"
 
 
 def _not_attend(node: fx.Node) -> str | None:
@@ -114,7 +117,7 @@ def _not_write(node: fx.Node) -> str | None:
     return _not_attend(attends[0]) if attends else "nothing attends to its pages"
 
 
-_ANCHORS = {"linear": _not_linear, "attend": _not_attend, "kv_write": _not_write}
+_ANCHORS = {**dict.fromkeys(PRODUCTS, _not_product), "attend": _not_attend, "kv_write": _not_write}
 
 
 def _is_double(node: fx.Node) -> bool:
@@ -147,11 +150,11 @@ class _Partition:
 
     def kernels(self) -> list[Kernel]:
         """Attention first, then products, their results before their operands, then rows."""
-        anchors = [n for n in self.units if op_name(n) in ("attend", "linear") and self.against[n] is None]
+        anchors = [n for n in self.units if op_name(n) in ("attend", *PRODUCTS) and self.against[n] is None]
         for node in anchors:
             if op_name(node) == "attend":
                 self._add("attention", self._attention(node))
-        products = [n for n in anchors if op_name(n) == "linear"]
+        products = [n for n in anchors if op_name(n) in PRODUCTS]
         joined = {n: self._behind(n) for n in reversed(products)}
         for node in products:
             self._add("gemm", self._before(node, joined[node]))
@@ -237,9 +240,14 @@ class _Partition:
         product, last = inside[0], inside[-1]
         parts = {s for n in inside[1:] for s in n.all_input_nodes if base(s) is product}
         # x and the norm's weight come on top
-        few = len(self._reads(inside)) - 2 <= OPERANDS["gemm"] - 2
+        few = len(self._operands(product, inside)) - 1 <= OPERANDS["gemm"] - 2
         one = self._results(inside) == [last] and len(parts) <= 2
         return one and few and self._is_interval(inside) and self._pays(inside[:best], inside[best:])
+
+    def _operands(self, product: fx.Node, inside: Collection[fx.Node]) -> list[fx.Node]:
+        """What the kernel's hooks read."""
+        weight = {base(n) for n in weight_of(product)}
+        return [n for n in self._reads(inside) if n not in weight]
 
     def _before(self, product: fx.Node, behind: list[fx.Node]) -> list[fx.Node]:
         """The kernel with what makes the product's operand: one norm, casts of its result, pointwise nodes before."""
@@ -263,7 +271,8 @@ class _Partition:
             pending.remove(node)
             inside = [*behind, *front[1:]]
             fits = self._joins(node, front) and _is_pointwise(node) and _rows_and_width(node) == shape
-            if fits and len(self._reads([*inside, node])) - 1 <= OPERANDS["gemm"] and self._pays(inside, [node]):
+            few = len(self._operands(product, [*inside, node])) <= OPERANDS["gemm"]
+            if fits and few and self._pays(inside, [node]):
                 front.append(node)
                 pending |= set(self.flow.predecessors(node))
         return [*behind, *front[1:]]

@@ -14,6 +14,7 @@ from torch import Tensor
 from llmopt.codegen.kernel import PAGED, SIZES, WHEN, Buffer, Call, Launcher, RegionCode, evaluate
 from llmopt.compiler.errors import BuildError
 from llmopt.runtime.attend import StepLayout
+from llmopt.runtime.prepared import prepared
 
 # what a call of torch's own ops runs: called with the arguments as they are
 Ops = Mapping[str, Callable[..., Any]]
@@ -40,8 +41,9 @@ class Frame:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A region for one set of sizes, over a list of values: inputs, layout, tiles, what is `made` at each call, what
-    is `fixed`. Calls are (function of the arguments, the arguments out of the list, place of the result)."""
+    """A region for one set of sizes, over a list of values: inputs, layout, tiles, weights in other forms, what is
+    `made` at each call, what is `fixed`. Calls are (function of the arguments, the arguments out of the list, place of
+    the result)."""
 
     made: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     fixed: tuple[Any, ...]
@@ -82,6 +84,8 @@ class BoundRegion:
             key = (*key, tiles.shape[0])
         ready = self._ready.get(key) or self._prepare(key, len(inputs), tiles)
         values = [*inputs, frame.layout, tiles]
+        for item in self.code.prepared:
+            values += prepared(item, inputs)
         values += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in ready.made]
         values += ready.fixed
         for run, take, place in ready.calls:
@@ -98,6 +102,9 @@ class BoundRegion:
             self._ready.clear()
         sizes = {**self.frame.sizes, "T": 0 if tiles is None else tiles.shape[0]}
         where = {**{f"in{i}": i for i in range(inputs)}, "layout": inputs, "tiles": inputs + 1}
+        for i, item in enumerate(self.code.prepared):
+            where |= {f"prepared{i}.{result}": len(where) + at for at, result in enumerate(item.results)}
+        first = len(where)
         made: list[tuple[tuple[int, ...], torch.dtype]] = []
         kept: list[tuple[str, Tensor]] = []
         for name, buffer in self._buffers():
@@ -110,9 +117,9 @@ class BoundRegion:
             if buffer.kept:
                 kept.append((name, self._keep(name, shape, buffer)))
             else:
-                where[name] = inputs + 2 + len(made)
+                where[name] = first + len(made)
                 made.append((shape, getattr(torch, buffer.dtype)))
-        start = inputs + 2 + len(made)
+        start = first + len(made)
         where.update((name, start + i) for i, (name, _) in enumerate(kept))
         fixed: list[Any] = [tensor for _, tensor in kept]
 

@@ -28,6 +28,7 @@ from llmopt.runtime.gpu_code import GpuCode
 from llmopt.runtime.gpu_step import GpuStep
 from llmopt.runtime.kv_cache import KVCache
 from llmopt.runtime.loader import Regions, read_weights
+from llmopt.runtime.prepared import prepare_weights
 
 CACHE_SHARE = 0.5  # of the memory free once the weights are loaded
 
@@ -67,6 +68,8 @@ def open_session(
     """
     place = torch.device(device or _device(target))
     weights = read_weights(program, device=place)
+    if isinstance(code, GpuCode):
+        prepare_weights(code, weights)  # ahead of the cache, which is given its share of what is left
     cache = open_cache(program, recipe, place, cache_bytes)
     current = CurrentPages(cache)
     decoder: DecodeGraphs | None = None
