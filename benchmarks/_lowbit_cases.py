@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmopt.codegen.kernel import Kernel
-from llmopt.codegen.lowbit_layout import Laid, constants, lay, side
+from llmopt.codegen.lowbit_layout import Laid, constants, lay
 from llmopt.codegen.templates import lowbit
 from llmopt.compiler.quant.packing import pack
 from llmopt.compiler.quant.quantize import dequantize
@@ -63,7 +63,11 @@ def _layer(model: str, hidden: int, ffn: int, qkv: int, attended: int) -> dict[s
     return {shape.name: shape for shape in shapes}
 
 
-MODELS = {"8b": _layer("8b", 4096, 14336, 6144, 4096), "70b-tp8": _layer("70b-tp8", 8192, 3584, 1280, 1024)}
+MODELS = {
+    "8b": _layer("8b", 4096, 14336, 6144, 4096),
+    "70b-tp8": _layer("70b-tp8", 8192, 3584, 1280, 1024),
+    "tiny": _layer("tiny", 256, 256, 512, 256),
+}
 
 _HOOKS = """
 import triton
@@ -162,7 +166,7 @@ class Weights:
         self.parts = pack(codes, self.scheme.element.bits), scales, factor, zeros
         first = lay(*self.parts, self.scheme, K)
         count = max(FEWEST, -(-int(copied) // first.nbytes))
-        self.copies: Sequence[Laid] = [first, *(_clone(first) for _ in range(count - 1))]
+        self.copies: Sequence[Laid] = [first, *(clone(first) for _ in range(count - 1))]
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """[rows, K], exact in fp32 and fp64."""
@@ -179,7 +183,8 @@ def tensors(laid: Laid) -> list[Tensor]:
     return [t for t in (laid.words, laid.scales, laid.factor) if t is not None]
 
 
-def _clone(laid: Laid) -> Laid:
+def clone(laid: Laid) -> Laid:
+    """The same weights elsewhere in memory."""
     return replace(
         laid, words=laid.words.clone(), scales=None if laid.scales is None else laid.scales.clone(), factor=laid.factor
     )
@@ -247,5 +252,3 @@ def summary(variant: Variant) -> Mapping[str, Any]:
         "source": source_hash("lowbit"),
     }  # fmt: skip
 
-
-__all__ = ["MODELS", "Operands", "Shape", "Variant", "Weights", "side", "summary", "tensors", "variants"]

@@ -18,7 +18,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _gpu_timing import Denominators
-from _lowbit_cases import H200, MODELS, Operands, Shape, Variant, Weights, summary, tensors, variants
+from _gpu_timing import Clock, Denominators
+from _lowbit_cases import H200, MODELS, Operands, Shape, Variant, Weights, clone, summary, tensors, variants
 from _lowbit_peers import Bf16, TinyGemm
 
 from llmopt.codegen.cubin import cached
-from llmopt.codegen.kernel import Launch
+from llmopt.codegen.kernel import Kernel, Launch, Launcher
 from llmopt.compiler.errors import BuildError
 from llmopt.runtime.measure import environment, write_json
 
@@ -60,24 +61,40 @@ def jobs(models: Iterable[str]) -> list[Job]:
     return found
 
 
+@dataclass(frozen=True)
+class Timed:
+    """What runs so many launches."""
+
+    replay: Callable[[], None]
+    launches: int
+
+
 class Bench:
     """Weights, operands and peers, made once each; launches of variants."""
 
-    def __init__(self) -> None:
-        from llmopt.codegen.cubin import compile_kernel
-        from llmopt.runtime.cuda import launcher
-
-        self.ready = launcher(lambda kernel: compile_kernel(kernel, H200), "cuda")
+    def __init__(self, device: str) -> None:
+        self.device, self.clock = device, Clock(device)
+        self.ready = self._launcher()
         self.weights: dict[tuple[str, Shape], Weights] = {}
         self.operands: dict[Shape, Operands] = {}
         self.exact: dict[tuple[str, Shape], tuple[torch.Tensor, float]] = {}
         self.bf16: dict[Shape, Bf16] = {}
 
+    def _launcher(self) -> Launcher:
+        if self.device == "cpu":
+            from llmopt.codegen.interpret import launcher as interpreter
+
+            return interpreter
+        from llmopt.codegen.cubin import compile_kernel
+        from llmopt.runtime.cuda import launcher
+
+        return launcher(lambda kernel: compile_kernel(kernel, H200), self.device)
+
     def of(self, scheme: str, shape: Shape) -> tuple[Weights, Operands]:
         """Made when first asked for, with the fp64 result and torch's own error."""
         if (scheme, shape) not in self.weights:
-            operands = self.operands.setdefault(shape, Operands(shape, "cuda"))
-            made = self.weights[scheme, shape] = Weights(scheme, shape, "cuda")
+            operands = self.operands.setdefault(shape, Operands(shape, self.device))
+            made = self.weights[scheme, shape] = Weights(scheme, shape, self.device, *([0.0] if self.device == "cpu" else []))
             want = operands.plain(made.matrix(torch.float64), 64)
             torchs = operands.plain(made.matrix(torch.bfloat16), 64).double()
             self.exact[scheme, shape] = want, float((torchs - want).norm() / want.norm())
@@ -85,7 +102,7 @@ class Bench:
 
     def launch(self, variant: Variant) -> Callable[..., None]:
         """launch(laid, y, operands beside, tokens)."""
-        run, grid, scratch = self.ready(variant.kernel()), variant.grid(), variant.scratch("cuda")
+        run, grid, scratch = self.ready(variant.kernel()), variant.grid(), variant.scratch(self.device)
 
         def call(laid: Any, y: torch.Tensor, beside: list[torch.Tensor], tokens: int, run: Launch = run) -> None:
             run(grid, [*tensors(laid), y, *beside, tokens, *scratch])
@@ -97,21 +114,24 @@ class Bench:
         weights, operands = self.of(variant.scheme, variant.shape)
         want, torchs = self.exact[variant.scheme, variant.shape]
         want = want[:tokens]
-        y = torch.full((CALLS, tokens, variant.shape.J), float("nan"), device="cuda", dtype=torch.bfloat16)
-        for i in range(CALLS):
+        calls = CALLS if self.device == "cuda" else 2
+        y = torch.full((calls, tokens, variant.shape.J), float("nan"), device=self.device, dtype=torch.bfloat16)
+        for i in range(calls):
             call(weights.copies[0], y[i], operands.beside(), tokens)
         error = float((y[0].double() - want).norm() / want.norm())
-        if not error <= 1.5 * torchs:
+        if not error <= (1.5 if self.device == "cuda" else 6) * torchs:  # the interpreter cuts bf16 off
             return f"error {error:.2e}, torch's bf16 is {torchs:.2e}", error
         far = (y[0].double() - want).abs() - want.abs() / 128
         if not float(far.max()) <= float(want.square().mean().sqrt()) / 32:
             return f"one element is {float(far.max()):.2e} off", error
         unequal = int((y != y[0]).any(-1).any(-1).sum())
-        return (f"{unequal} of {CALLS} calls differ" if unequal else None), error
+        return (f"{unequal} of {calls} calls differ" if unequal else None), error
 
-    def graph(self, call: Callable[[Any], None], copies: list[Any], least: int = 24) -> tuple[torch.cuda.CUDAGraph, int]:
-        """A graph of launches over the copies, and how many."""
-        count = max(least, len(copies))
+    def graph(self, call: Callable[[Any], None], copies: list[Any], least: int = 24) -> Timed:
+        """Launches over the copies, captured."""
+        count = max(least, len(copies)) if self.device == "cuda" else 1
+        if self.device == "cpu":
+            return Timed(lambda: call(copies[0]), 1)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             call(copies[0])
@@ -120,33 +140,31 @@ class Bench:
         with torch.cuda.graph(graph, stream=stream):
             for i in range(count):
                 call(copies[i % len(copies)])
-        return graph, count
+        return Timed(graph.replay, count)
 
-
-def in_turns(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median microseconds of a launch, all timed in turns."""
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    marks: list[tuple[str, Any, Any]] = []
-    for index in range(rounds + 1):
-        for name, (graph, _) in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            if index:
-                marks.append((name, start, end))
-    torch.cuda.synchronize()
-    for name, start, end in marks:
-        times[name].append(start.elapsed_time(end) * 1e3 / graphs[name][1])
-    return {name: statistics.median(us) for name, us in times.items()}
+    def in_turns(self, graphs: Mapping[str, Timed]) -> dict[str, float]:
+        """Median microseconds of a launch, all timed in turns; the first round does not count."""
+        rounds = ROUNDS if self.device == "cuda" else 1
+        marks: list[tuple[str, list[Any]]] = []
+        for index in range(rounds + 1):
+            for name, timed in graphs.items():
+                start = self.clock.mark()
+                timed.replay()
+                if index:
+                    marks.append((name, [start, self.clock.mark()]))
+        self.clock.wait()
+        times: dict[str, list[float]] = {name: [] for name in graphs}
+        for name, pair in marks:
+            times[name].append(self.clock.between(pair)[0] * 1e3 / graphs[name].launches)
+        return {name: statistics.median(us) for name, us in times.items()}
 
 
 def measure(bench: Bench, job: Job, tried: list[Variant], said: dict[str, str]) -> dict[str, Any]:
     """All variants of a job that are right, and the peers."""
     scheme, shape, tokens = job
     weights, operands = bench.of(scheme, shape)
-    y = torch.empty(tokens, shape.J, device="cuda", dtype=torch.bfloat16)
-    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
+    y = torch.empty(tokens, shape.J, device=bench.device, dtype=torch.bfloat16)
+    graphs: dict[str, Timed] = {}
     errors, wrong = {}, {}
     by_name = {variant.text(): variant for variant in tried}
     for name, variant in by_name.items():
@@ -161,16 +179,16 @@ def measure(bench: Bench, job: Job, tried: list[Variant], said: dict[str, str]) 
         if fault:
             wrong[name] = fault
     alone = shape.plain()
-    bf16 = bench.bf16.setdefault(alone, Bf16(alone, "cuda"))
+    bf16 = bench.bf16.setdefault(alone, Bf16(alone, bench.device))
     x = operands.x[:tokens, : shape.K].contiguous()
     graphs["cublas"] = bench.graph(lambda w: F.linear(x, w), bf16.copies)
     if scheme.startswith("int4"):
         try:
-            tiny = TinyGemm(alone, 128, "cuda")
+            tiny = TinyGemm(alone, 128, bench.device)
             graphs["tinygemm"] = bench.graph(lambda w: tiny.run(x, w), tiny.copies)
         except (RuntimeError, AttributeError) as error:
             said["tinygemm"] = str(error)[:300]
-    us = in_turns(graphs)
+    us = bench.in_turns(graphs)
     peers = {name: us.pop(name) for name in ("cublas", "tinygemm") if name in us}
     rows = [{"us": us[name], "error": errors[name], **summary(by_name[name])} for name in sorted(us, key=us.__getitem__)]
     return {
@@ -196,20 +214,18 @@ def show(r: dict[str, Any], top: int = 4) -> None:
 
 def chain(bench: Bench, model: str, scheme: str, tokens: int, best: dict[str, Variant]) -> dict[str, Any]:
     """Microseconds a layer of LAYERS layers, with weights of their own: ours with and without PDL, and torch's bf16."""
-    from dataclasses import replace
-
     shapes = MODELS[model]
     order = ("qkv", "o", "gate_up", "down")
     laid = {n: list(bench.of(scheme, shapes[n])[0].copies) for n in order}
     for name, copies in laid.items():
         while len(copies) < LAYERS:
-            copies.append(replace(copies[0], words=copies[0].words.clone()))
+            copies.append(clone(copies[0]))
         del copies[LAYERS:]
         assert len(laid[name]) == LAYERS
     hidden = shapes["qkv"].K
-    start = torch.randn(tokens, hidden, device="cuda").bfloat16()
-    out = {n: torch.empty(tokens, shapes[n].J, device="cuda", dtype=torch.bfloat16) for n in order}
-    g = torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
+    start = torch.randn(tokens, hidden, device=bench.device).bfloat16()
+    out = {n: torch.empty(tokens, shapes[n].J, device=bench.device, dtype=torch.bfloat16) for n in order}
+    g = torch.ones(hidden, device=bench.device, dtype=torch.bfloat16)
 
     def ours(pdl: int) -> Callable[[Any], None]:
         calls = {n: bench.launch(replace(best[n], pdl=pdl)) for n in order}
@@ -225,7 +241,7 @@ def chain(bench: Bench, model: str, scheme: str, tokens: int, best: dict[str, Va
 
         return run
 
-    dense = {n: torch.randn(LAYERS, shapes[n].parts * shapes[n].J, shapes[n].K, device="cuda", dtype=torch.bfloat16).mul_(
+    dense = {n: torch.randn(LAYERS, shapes[n].parts * shapes[n].J, shapes[n].K, device=bench.device, dtype=torch.bfloat16).mul_(
         shapes[n].K**-0.5) for n in order}  # fmt: skip
 
     def torchs(_: Any) -> None:
@@ -244,8 +260,8 @@ def chain(bench: Bench, model: str, scheme: str, tokens: int, best: dict[str, Va
             h = F.linear(F.linear(h, dense["gate_up"][layer])[:, : shapes["down"].K], dense["down"][layer])
 
     runs = {"pdl": ours(1), "no_pdl": ours(0), "torch": torchs, "cublas_alone": products}
-    graphs = {name: (bench.graph(run, [None], 1)[0], LAYERS) for name, run in runs.items()}
-    us = in_turns(graphs)
+    graphs = {name: Timed(bench.graph(run, [None], 1).replay, LAYERS) for name, run in runs.items()}
+    us = bench.in_turns(graphs)
     nbytes = sum(copies[0].nbytes for copies in laid.values())
     chosen = {n: summary(v) for n, v in best.items()}
     found = {"model": model, "scheme": scheme, "tokens": tokens, "bytes": nbytes, "us": us, "chosen": chosen}
@@ -295,7 +311,7 @@ def compile_all(wanted: list[Variant], workers: int, seconds: float) -> None:
         print("  ", text)
 
 
-def _there(kernel: Any) -> bool:
+def _there(kernel: Kernel) -> bool:
     try:
         return cached(kernel, H200) is not None
     except BuildError:  # it does not fit
@@ -305,10 +321,11 @@ def _there(kernel: Any) -> bool:
 def run(args: argparse.Namespace, plan: dict[Job, list[Variant]]) -> None:
     """Measure what time allows."""
     end = time.perf_counter() + 60 * args.minutes
-    denominators = Denominators("cuda")
+    denominators = Denominators(args.device)
     denominators()
-    results: dict[str, Any] = {**environment(), "device": torch.cuda.get_device_name(), "cases": [], "chain": [], "said": {}}
-    bench = Bench()
+    results: dict[str, Any] = {**environment(), "cases": [], "chain": [], "said": {}}
+    results["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "the interpreter"
+    bench = Bench(args.device)
     best: dict[tuple[str, str, int], dict[str, Variant]] = {}
     for job, tried in plan.items():
         if time.perf_counter() > end:
@@ -318,18 +335,16 @@ def run(args: argparse.Namespace, plan: dict[Job, list[Variant]]) -> None:
         show(r)
         results["cases"].append(r)
         scheme, shape, tokens = job
-        right = [v for v in tried if r["rows"] and v.text() == next(w["text"] for w in r["rows"] if w["pdl"])]
+        fastest = next((row["text"] for row in r["rows"] if row["pdl"]), None)
         chosen = best.setdefault((shape.model, scheme, tokens), {})
-        chosen.update({shape.name: v for v in right[:1]})
-        if set(SHAPES) <= set(chosen) and len(chosen) == len(SHAPES):
+        chosen.update({shape.name: v for v in tried if v.text() == fastest})
+        if set(SHAPES) == set(chosen):
             try:
                 results["chain"].append(chain(bench, shape.model, scheme, tokens, chosen))
             except (RuntimeError, BuildError) as error:
                 print(f"chain: {error}", flush=True)
-            torch.cuda.empty_cache()
         if args.out:
-            results["bandwidth"] = {"read": denominators.read, "copied": denominators.copied}
-            write_json(args.out, results)
+            write_json(args.out, {**results, "bandwidth": {"read": denominators.read, "copied": denominators.copied}})
     denominators()
     results["bandwidth"] = {"read": denominators.read, "copied": denominators.copied}
     print({k: [f"{x / 1e12:.2f}" for x in v] for k, v in results["bandwidth"].items()}, results["said"])
@@ -338,8 +353,6 @@ def run(args: argparse.Namespace, plan: dict[Job, list[Variant]]) -> None:
 
 
 def _without(variant: Variant) -> Variant:
-    from dataclasses import replace
-
     return replace(variant, pdl=0)
 
 
@@ -363,7 +376,8 @@ def accept(path: Path) -> Path:
 def main() -> None:
     """Compile, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: interpreted, to see that it works")
+    parser.add_argument("--models", nargs="+", default=["8b", "70b-tp8"], choices=list(MODELS))
     parser.add_argument("--schemes", nargs="+", help="only these")
     parser.add_argument("--tokens", type=int, nargs="+", help="only these")
     parser.add_argument("--names", nargs="+", help="only these shapes")
@@ -392,6 +406,9 @@ def main() -> None:
         seconds = args.compile or 60 * args.minutes
         compile_all([v for tried in plan.values() for v in tried], args.jobs, seconds)
     if args.only == "compile":
+        return
+    if args.device == "cpu":
+        run(args, plan)
         return
     if not torch.cuda.device_count():
         print("no NVIDIA GPU here: nothing measured")

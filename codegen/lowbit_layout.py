@@ -27,7 +27,7 @@ from torch import Tensor
 
 from llmopt.codegen.templates.lowbit_bits import BITS
 from llmopt.compiler.errors import BuildError
-from llmopt.compiler.quant.packing import pack, unpack
+from llmopt.compiler.quant.packing import unpack
 from llmopt.compiler.quant.schemes import Scheme, scheme_of
 
 ROWS, COLUMNS = 16, 256  # what rows and columns are padded to
@@ -80,7 +80,7 @@ def lay(
     scheme: Scheme | str,
     columns: int,
 ) -> Laid:
-    """Canonical storage (`compiler.quant`: packed uint8 [rows, .], scales, ...) as the kernels read it, on its device."""
+    """Canonical storage (`compiler.quant`'s: packed uint8 [rows, .], scales, ...) as kernels read it, where it lies."""
     scheme = scheme_of(scheme) if isinstance(scheme, str) else scheme
     rows = packed.shape[0]
     held = packed.shape[1] * 8 // scheme.element.bits

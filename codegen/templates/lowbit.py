@@ -49,10 +49,7 @@ def _part(
     elif SIDE == "sums":
         GROUPS: tl.constexpr = BATCH
         word, factor = load_group_scales(scales, stripe, first, SCALE, GROUP, KP, BATCH, END)
-        if SCALE == "zeros":
-            put = (word & 65535) * 65537
-        else:
-            put = constant_operand(word, ELEMENT)
+        put = (word & 65535) * 65537 if SCALE == "zeros" else constant_operand(word, ELEMENT)
         factor = tl.reshape(factor, [BATCH, S * 16, 1] if BATCH > 1 else [S * 16, 1])
     else:
         GROUPS: tl.constexpr = 1
@@ -124,9 +121,9 @@ def lowbit(  # noqa: C901
     e8m0, bfloat16, float32, or "zeros" where zero points stand beside; FACTORS 0 none, 1 one, 2 one a row. X is LOAD_X,
     with NORM times LOAD_G, rounded to bf16, and the sums divided by the root of the mean of LOAD_X's squares plus EPS.
     BLOCK_M 1: the one token is loaded once for all eight columns. A step is of SLICES * UNROLL times BLOCK_K columns,
-    which SLICES warps share; UNROLL is 1 unless SIDE is "sums". Grid (cdiv(J, BLOCK_J), SPLIT_K). With SPLIT_K > 1: tickets i32 [cdiv(J, BLOCK_J)], zero
-    before and after, partial fp32 [cdiv(J, BLOCK_J) * SPLIT_K * (PARTS * BLOCK_J + NORM) * max(BLOCK_M, 8)]. WIDE:
-    wgmma; DRAIN: its products of a step end before the next step's weights are made.
+    which SLICES warps share; UNROLL is 1 unless SIDE is "sums". Grid (cdiv(J, BLOCK_J), SPLIT_K). With SPLIT_K > 1:
+    tickets i32 [cdiv(J, BLOCK_J)], zero before and after, partial fp32 [cdiv(J, BLOCK_J) * SPLIT_K * (PARTS * BLOCK_J +
+    NORM) * max(BLOCK_M, 8)]. WIDE: wgmma; DRAIN: its products of a step end before the next step's weights are made.
     """
     OWN: tl.constexpr = GROUP if SIDE == "weights" else 8
     KP: tl.constexpr = (K + 255) // 256 * 256
@@ -143,10 +140,7 @@ def lowbit(  # noqa: C901
     if J % BLOCK_J != 0:
         stripe = tl.minimum(stripe, (J - 1) // 16)  # stripes past the end repeat the last one; they are not stored
     stripe = stripe.to(tl.int64)
-    if SLICES == 1:
-        acc0 = tl.zeros([BLOCK_J, COLUMNS], tl.float32)
-    else:
-        acc0 = tl.zeros([SLICES, BLOCK_J, COLUMNS], tl.float32)
+    acc0 = tl.zeros([BLOCK_J, COLUMNS] if SLICES == 1 else [SLICES, BLOCK_J, COLUMNS], tl.float32)
     acc1 = acc0
     # tokens past the end repeat the last one; they are not stored
     m = tl.minimum(tl.arange(0, BLOCK_M)[:, None], N - 1) if BLOCK_M > 1 else tl.zeros([1, 1], tl.int32)
@@ -178,10 +172,7 @@ def lowbit(  # noqa: C901
             x = x * LOAD_G(k, whole, e0, e1, e2, e3, e4, e5)
         x = in_order(x.to(tl.bfloat16), OWN, BATCH, BLOCK_K, WIDE)
         if BLOCK_M < 8:
-            if BATCH == 1:
-                x = tl.broadcast_to(x, [BLOCK_K, COLUMNS])
-            else:
-                x = tl.broadcast_to(x, [BATCH, BLOCK_K, COLUMNS])
+            x = tl.broadcast_to(x, [BLOCK_K, COLUMNS] if BATCH == 1 else [BATCH, BLOCK_K, COLUMNS])
         acc0 = _product(a0, x, acc0, f0, SIDE, SLICES, DRAIN)
         if PARTS == 2:
             acc1 = _product(a1, x, acc1, f1, SIDE, SLICES, DRAIN)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 Term = tuple[int, int, int]  # plane, shift to the left, mask of a half
+Pairs = tuple[tuple[Term, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Bits:
     values: int
     bias: int
     places: tuple[int, ...]
-    pairs: tuple[tuple[Term, ...], ...]
+    pairs: Pairs
 
     @property
     def columns(self) -> int:
@@ -37,14 +38,12 @@ class Bits:
         return 8 * self.values
 
 
-def _six(direct: int, field: tuple[int, int], sign: int, low: tuple[int, int], top: int) -> tuple[tuple[Term, ...], ...]:
+def _six(direct: int, field: tuple[int, int], sign: int, low: tuple[int, int], top: int) -> Pairs:
     """Sixteen codes in three words: two whole ones in each half, of the last two four bits in planes 0 and 2, and two
     in plane 1. `sign`: how far left the second code's sign moves; `top`: where the last codes' highest bit goes."""
     first = tuple(((plane, 0, direct),) for plane in range(3))
     second = tuple(((plane, sign, 0x8000), (plane, *field)) for plane in range(3))
-    last = tuple(
-        ((plane, *low), (1, 15 - at, 0x8000), (1, top - at + 1, 1 << top)) for plane, at in ((0, 3), (2, 1))
-    )
+    last = tuple(((plane, *low), (1, 15 - at, 0x8000), (1, top - at + 1, 1 << top)) for plane, at in ((0, 3), (2, 1)))
     return (*first, *second, *last)
 
 

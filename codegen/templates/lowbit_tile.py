@@ -167,11 +167,7 @@ def operand(
         # dimensions 0 to 4: S, row of the pair, g, word, t; then a value's bits, highest first
         eight = tl.reshape(_eight(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]),
                            [S, 2, 8, BATCH, COLUMNS // 32, 4, 2, 2, 2])  # fmt: skip
-        if WIDE:
-            eight = tl.permute(eight, 3, 0, 1, 2, 4, 6, 7, 5, 8)
-        else:
-            eight = tl.permute(eight, 3, 0, 1, 2, 4, 6, 5, 7, 8)
-        found = eight
+        found = tl.permute(eight, 3, 0, 1, 2, 4, 6, 7, 5, 8) if WIDE else tl.permute(eight, 3, 0, 1, 2, 4, 6, 5, 7, 8)
     else:
         one = _eight(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7])
         two = _eight(v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15])
@@ -180,10 +176,7 @@ def operand(
             found = tl.permute(both, 3, 0, 1, 2, 4, 9, 6, 7, 5, 8)
         else:
             found = tl.permute(both, 3, 0, 1, 2, 4, 9, 6, 5, 7, 8)
-    if BATCH == 1:
-        return tl.reshape(found, [ROWS, COLUMNS])
-    else:
-        return tl.reshape(found, [BATCH, ROWS, COLUMNS])
+    return tl.reshape(found, [ROWS, COLUMNS] if BATCH == 1 else [BATCH, ROWS, COLUMNS])
 
 
 @triton.jit
@@ -208,7 +201,7 @@ def in_order(x, OWN: tl.constexpr, BATCH: tl.constexpr, COLUMNS: tl.constexpr, W
         return tl.permute(x, 1, 2, 0)
 
 
-# the same on Triton's interpreter, which has no inline assembly: plain integers, and fp32 for bf16, exact for all values
+# the same on Triton's interpreter, which has no inline assembly: integers, and fp32 for bf16, exact for all values
 
 
 @triton.jit
