@@ -51,7 +51,7 @@ class Calibration:
         if torch.cuda.is_available():
             settings = replace(settings, device="cuda", memory=torch.cuda.mem_get_info()[0] // 2)
         tokenizer = load_tokenizer(program.facts.tokenizer)
-        encode = None if tokenizer is None else lambda text: tokenizer(text)["input_ids"]
+        encode = None if tokenizer is None else lambda text: tokenizer(text, verbose=False)["input_ids"]
         return calibrate(program, self.source, encode=encode, path=self.keep, settings=settings, progress=self.progress)
 
 
