@@ -48,9 +48,7 @@ class Shape:
     def plain(self) -> Shape:
         """The product alone: no norm, no residual, halves one after the other."""
         name = f"{self.name.removesuffix('-alone')}-alone"
-        return replace(
-            self, name=name, J=self.parts * self.J, parts=1, norm=0, residual=False, stride=0
-        )
+        return replace(self, name=name, J=self.parts * self.J, parts=1, norm=0, residual=False, stride=0)
 
 
 def _layer(model: str, hidden: int, ffn: int, qkv: int, attended: int) -> dict[str, Shape]:
@@ -120,7 +118,8 @@ class Variant:
         types += [("factor", "*fp32")] * (told["FACTORS"] != 0) + [("y", "*bf16"), ("e0", "*bf16")]
         types += [("e1", "*bf16")] * s.norm + [("e2", "*bf16")] * s.residual + [("N", "i32")]
         types += [("tickets", "*i32"), ("partial", "*fp32")] * (config["SPLIT_K"] > 1)
-        absent = [n for n in ("scales", "factor", "e1", "e2", "e3", "e4", "e5", "tickets", "partial") if n not in dict(types)]
+        optional = ("scales", "factor", "e1", "e2", "e3", "e4", "e5", "tickets", "partial")
+        absent = [name for name in optional if name not in dict(types)]
         hooks = {"LOAD_X": "x", "EPILOGUE": "gated" if s.parts == 2 else "added" if s.residual else "plain"}
         if s.norm:
             hooks["LOAD_G"] = "g"
@@ -251,4 +250,3 @@ def summary(variant: Variant) -> Mapping[str, Any]:
         "shape": variant.shape.sizes(0), "config": dict(variant.config), "pdl": variant.pdl, "text": variant.text(),
         "source": source_hash("lowbit"),
     }  # fmt: skip
-

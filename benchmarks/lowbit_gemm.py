@@ -14,9 +14,13 @@ The result file is written after every case. Only kernels that the cache has are
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
+import queue
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -28,11 +32,12 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _gpu_timing import Clock, Denominators
-from _lowbit_cases import H200, MODELS, Operands, Shape, Variant, Weights, clone, summary, tensors, variants
+from _lowbit_cases import COPIED, H200, MODELS, Operands, Shape, Variant, Weights, clone, summary, tensors, variants
 from _lowbit_peers import Bf16, TinyGemm
 
 from llmopt.codegen.cubin import cached
 from llmopt.codegen.kernel import Kernel, Launch, Launcher
+from llmopt.codegen.lowbit_layout import Laid
 from llmopt.compiler.errors import BuildError
 from llmopt.runtime.measure import environment, write_json
 
@@ -40,6 +45,7 @@ CALLS = 300
 ROUNDS = 9
 LAYERS = 32
 SHAPES = ("gate_up", "down", "o", "qkv")
+ORDER = ("qkv", "o", "gate_up", "down")  # of a layer
 Job = tuple[str, Shape, int]  # scheme, shape, tokens
 
 
@@ -57,7 +63,7 @@ def jobs(models: Iterable[str]) -> list[Job]:
         found += [("nvfp4", shape, tokens) for tokens in (8, 32) for shape in shapes]
         found += [("nvfp4", shape, 1) for shape in alone[1:]]
         found += [(scheme, shapes[0], 1) for scheme in ("fp8_channel", "mxfp6_e2m3", "mxfp8", "int8")]
-        found += [(scheme, shape, tokens) for tokens in (16, 64) for scheme in ("int4_g128", "mxfp4") for shape in shapes]
+        found += [(scheme, shape, n) for n in (16, 64) for scheme in ("int4_g128", "mxfp4") for shape in shapes]
     return found
 
 
@@ -94,7 +100,8 @@ class Bench:
         """Made when first asked for, with the fp64 result and torch's own error."""
         if (scheme, shape) not in self.weights:
             operands = self.operands.setdefault(shape, Operands(shape, self.device))
-            made = self.weights[scheme, shape] = Weights(scheme, shape, self.device, *([0.0] if self.device == "cpu" else []))
+            made = Weights(scheme, shape, self.device, COPIED if self.device == "cuda" else 0.0)
+            self.weights[scheme, shape] = made
             want = operands.plain(made.matrix(torch.float64), 64)
             torchs = operands.plain(made.matrix(torch.bfloat16), 64).double()
             self.exact[scheme, shape] = want, float((torchs - want).norm() / want.norm())
@@ -104,7 +111,7 @@ class Bench:
         """launch(laid, y, operands beside, tokens)."""
         run, grid, scratch = self.ready(variant.kernel()), variant.grid(), variant.scratch(self.device)
 
-        def call(laid: Any, y: torch.Tensor, beside: list[torch.Tensor], tokens: int, run: Launch = run) -> None:
+        def call(laid: Laid, y: torch.Tensor, beside: list[torch.Tensor], tokens: int, run: Launch = run) -> None:
             run(grid, [*tensors(laid), y, *beside, tokens, *scratch])
 
         return call
@@ -119,10 +126,11 @@ class Bench:
         for i in range(calls):
             call(weights.copies[0], y[i], operands.beside(), tokens)
         error = float((y[0].double() - want).norm() / want.norm())
-        if not error <= (1.5 if self.device == "cuda" else 6) * torchs:  # the interpreter cuts bf16 off
+        slack = 1.0 if self.device == "cuda" else 4.0  # the interpreter cuts bf16 off
+        if not error <= 1.5 * slack * torchs:
             return f"error {error:.2e}, torch's bf16 is {torchs:.2e}", error
         far = (y[0].double() - want).abs() - want.abs() / 128
-        if not float(far.max()) <= float(want.square().mean().sqrt()) / 32:
+        if not float(far.max()) <= slack * float(want.square().mean().sqrt()) / 32:
             return f"one element is {float(far.max()):.2e} off", error
         unequal = int((y != y[0]).any(-1).any(-1).sum())
         return (f"{unequal} of {calls} calls differ" if unequal else None), error
@@ -190,7 +198,9 @@ def measure(bench: Bench, job: Job, tried: list[Variant], said: dict[str, str]) 
             said["tinygemm"] = str(error)[:300]
     us = bench.in_turns(graphs)
     peers = {name: us.pop(name) for name in ("cublas", "tinygemm") if name in us}
-    rows = [{"us": us[name], "error": errors[name], **summary(by_name[name])} for name in sorted(us, key=us.__getitem__)]
+    rows = [
+        {"us": us[name], "error": errors[name], **summary(by_name[name])} for name in sorted(us, key=us.__getitem__)
+    ]
     return {
         "scheme": scheme, "model": shape.model, "name": shape.name, "tokens": tokens, "bytes": weights.nbytes,
         "torch_error": bench.exact[scheme, shape][1], "peers_us": peers, "rows": rows, "wrong": wrong,
@@ -212,57 +222,66 @@ def show(r: dict[str, Any], top: int = 4) -> None:
     )
 
 
-def chain(bench: Bench, model: str, scheme: str, tokens: int, best: dict[str, Variant]) -> dict[str, Any]:
-    """Microseconds a layer of LAYERS layers, with weights of their own: ours with and without PDL, and torch's bf16."""
-    shapes = MODELS[model]
-    order = ("qkv", "o", "gate_up", "down")
-    laid = {n: list(bench.of(scheme, shapes[n])[0].copies) for n in order}
-    for name, copies in laid.items():
-        while len(copies) < LAYERS:
-            copies.append(clone(copies[0]))
-        del copies[LAYERS:]
-        assert len(laid[name]) == LAYERS
-    hidden = shapes["qkv"].K
-    start = torch.randn(tokens, hidden, device=bench.device).bfloat16()
-    out = {n: torch.empty(tokens, shapes[n].J, device=bench.device, dtype=torch.bfloat16) for n in order}
-    g = torch.ones(hidden, device=bench.device, dtype=torch.bfloat16)
+class Chain:
+    """LAYERS layers' four products with weights of their own, each reading what the one before wrote."""
 
-    def ours(pdl: int) -> Callable[[Any], None]:
-        calls = {n: bench.launch(replace(best[n], pdl=pdl)) for n in order}
+    def __init__(self, bench: Bench, model: str, scheme: str, tokens: int) -> None:
+        self.bench, self.shapes, self.tokens = bench, MODELS[model], tokens
+        self.laid = {name: self._copies(scheme, name) for name in ORDER}
+        hidden = self.shapes["qkv"].K
+        self.start = torch.randn(tokens, hidden, device=bench.device).bfloat16()
+        self.g = torch.ones(hidden, device=bench.device, dtype=torch.bfloat16)
+        self.out = {n: torch.empty(tokens, self.shapes[n].J, device=bench.device).bfloat16() for n in ORDER}
+        self.dense = {n: self._dense(self.shapes[n]) for n in ORDER}
+
+    def _copies(self, scheme: str, name: str) -> list[Laid]:
+        copies = list(self.bench.of(scheme, self.shapes[name])[0].copies)[:LAYERS]
+        return [*copies, *(clone(copies[0]) for _ in range(LAYERS - len(copies)))]
+
+    def _dense(self, shape: Shape) -> torch.Tensor:
+        size = LAYERS, shape.parts * shape.J, shape.K
+        return torch.randn(size, device=self.bench.device, dtype=torch.bfloat16).mul_(shape.K**-0.5)
+
+    def ours(self, best: Mapping[str, Variant], pdl: int) -> Callable[[Any], None]:
+        """The template's kernels."""
+        calls = {n: self.bench.launch(replace(best[n], pdl=pdl)) for n in ORDER}
+        out, g, tokens = self.out, self.g, self.tokens
 
         def run(_: Any) -> None:
-            h = start
-            for layer in range(LAYERS):
-                calls["qkv"](laid["qkv"][layer], out["qkv"], [h, g], tokens)
-                calls["o"](laid["o"][layer], out["o"], [out["qkv"], h], tokens)
-                calls["gate_up"](laid["gate_up"][layer], out["gate_up"], [out["o"], g], tokens)
-                calls["down"](laid["down"][layer], out["down"], [out["gate_up"], out["o"]], tokens)
+            h = self.start
+            for qkv, o, gate_up, down in zip(*(self.laid[n] for n in ORDER), strict=True):
+                calls["qkv"](qkv, out["qkv"], [h, g], tokens)
+                calls["o"](o, out["o"], [out["qkv"], h], tokens)
+                calls["gate_up"](gate_up, out["gate_up"], [out["o"], g], tokens)
+                calls["down"](down, out["down"], [out["gate_up"], out["o"]], tokens)
                 h = out["down"]
 
         return run
 
-    dense = {n: torch.randn(LAYERS, shapes[n].parts * shapes[n].J, shapes[n].K, device=bench.device, dtype=torch.bfloat16).mul_(
-        shapes[n].K**-0.5) for n in order}  # fmt: skip
+    def torchs(self, _: Any) -> None:
+        """The same in bf16 by torch's own kernels."""
+        h, hidden = self.start, self.shapes["qkv"].K
+        for qkv, o, gate_up, down in zip(*(self.dense[n] for n in ORDER), strict=True):
+            a = F.linear(F.rms_norm(h, (hidden,), self.g, 1e-5), qkv)
+            h = h + F.linear(a[:, : o.shape[1]], o)
+            gate, up = F.linear(F.rms_norm(h, (hidden,), self.g, 1e-5), gate_up).chunk(2, -1)
+            h = h + F.linear(F.silu(gate) * up, down)
 
-    def torchs(_: Any) -> None:
-        h = start
-        for layer in range(LAYERS):
-            a = F.linear(F.rms_norm(h, (hidden,), g, 1e-5), dense["qkv"][layer])
-            h = h + F.linear(a[:, : shapes["o"].K], dense["o"][layer])
-            gate, up = F.linear(F.rms_norm(h, (hidden,), g, 1e-5), dense["gate_up"][layer]).chunk(2, -1)
-            h = h + F.linear(F.silu(gate) * up, dense["down"][layer])
+    def products(self, _: Any) -> None:
+        """cuBLAS alone: the four products and nothing between them."""
+        h = self.start
+        for qkv, o, gate_up, down in zip(*(self.dense[n] for n in ORDER), strict=True):
+            h = F.linear(F.linear(h, qkv)[:, : o.shape[1]], o)
+            h = F.linear(F.linear(h, gate_up)[:, : down.shape[1]], down)
 
-    def products(_: Any) -> None:
-        h = start
-        for layer in range(LAYERS):
-            a = F.linear(h, dense["qkv"][layer])
-            h = F.linear(a[:, : shapes["o"].K], dense["o"][layer])
-            h = F.linear(F.linear(h, dense["gate_up"][layer])[:, : shapes["down"].K], dense["down"][layer])
 
-    runs = {"pdl": ours(1), "no_pdl": ours(0), "torch": torchs, "cublas_alone": products}
+def chain(bench: Bench, model: str, scheme: str, tokens: int, best: dict[str, Variant]) -> dict[str, Any]:
+    """Microseconds a layer: ours with and without PDL, and torch's in bf16."""
+    built = Chain(bench, model, scheme, tokens)
+    runs = {"pdl": built.ours(best, 1), "no_pdl": built.ours(best, 0), "torch": built.torchs, "cublas": built.products}
     graphs = {name: Timed(bench.graph(run, [None], 1).replay, LAYERS) for name, run in runs.items()}
     us = bench.in_turns(graphs)
-    nbytes = sum(copies[0].nbytes for copies in laid.values())
+    nbytes = sum(copies[0].nbytes for copies in built.laid.values())
     chosen = {n: summary(v) for n, v in best.items()}
     found = {"model": model, "scheme": scheme, "tokens": tokens, "bytes": nbytes, "us": us, "chosen": chosen}
     rates = ", ".join(f"{name} {value:.2f}" for name, value in us.items())
@@ -272,36 +291,15 @@ def chain(bench: Bench, model: str, scheme: str, tokens: int, best: dict[str, Va
 
 def compile_all(wanted: list[Variant], workers: int, seconds: float) -> None:
     """Fill the cache, most wanted first; what does not compile is said and left out."""
-    import queue
-    import threading
-
-    from llmopt.codegen import cubin_parallel
-
     kernels = list(dict.fromkeys(v.kernel() for v in wanted))
-    todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    todo: queue.SimpleQueue[Kernel] = queue.SimpleQueue()
     for kernel in kernels:
         if not _there(kernel):
             todo.put(kernel)
     print(f"{len(kernels)} kernels, {todo.qsize()} to compile", flush=True)
     failed: list[str] = []
     end = time.perf_counter() + seconds
-
-    def work() -> None:
-        while time.perf_counter() < end:
-            try:
-                one = [todo.get_nowait() for _ in range(min(48, max(1, todo.qsize() // 2)))]
-            except queue.Empty:
-                return
-            while one:
-                seen: list[None] = []
-                try:
-                    cubin_parallel.fill_cache(one, H200, 1, lambda: seen.append(None))  # noqa: B023
-                    break
-                except BuildError as error:
-                    failed.append(str(error)[:300])
-                    one = one[len(seen) + 1 :]
-
-    threads = [threading.Thread(target=work) for _ in range(workers)]
+    threads = [threading.Thread(target=_compile, args=(todo, workers, failed, end)) for _ in range(workers)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -309,6 +307,27 @@ def compile_all(wanted: list[Variant], workers: int, seconds: float) -> None:
     print(f"{sum(_there(k) for k in kernels)} are there, {len(failed)} do not compile", flush=True)
     for text in failed[:9]:
         print("  ", text)
+
+
+def _compile(todo: queue.SimpleQueue[Kernel], workers: int, failed: list[str], end: float) -> None:
+    """Take some kernels at a time, in a process of their own, until there are none or time is up."""
+    from llmopt.codegen.cubin_parallel import fill_cache
+
+    while time.perf_counter() < end:
+        some: list[Kernel] = []
+        with contextlib.suppress(queue.Empty):
+            for _ in range(min(48, max(1, todo.qsize() // workers))):
+                some.append(todo.get_nowait())
+        if not some:
+            return
+        while some:
+            done: list[None] = []
+            try:
+                fill_cache(some, H200, 1, functools.partial(done.append, None))
+                break
+            except BuildError as error:
+                failed.append(str(error)[:300])
+                some = some[len(done) + 1 :]
 
 
 def _there(kernel: Kernel) -> bool:
@@ -337,7 +356,8 @@ def run(args: argparse.Namespace, plan: dict[Job, list[Variant]]) -> None:
         scheme, shape, tokens = job
         fastest = next((row["text"] for row in r["rows"] if row["pdl"]), None)
         chosen = best.setdefault((shape.model, scheme, tokens), {})
-        chosen.update({shape.name: v for v in tried if v.text() == fastest})
+        for variant in (v for v in tried if v.text() == fastest):
+            chosen[shape.name] = variant
         if set(SHAPES) == set(chosen):
             try:
                 results["chain"].append(chain(bench, shape.model, scheme, tokens, chosen))
@@ -376,7 +396,7 @@ def accept(path: Path) -> Path:
 def main() -> None:
     """Compile, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: interpreted, to see that it works")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: interpreted, to see it work")
     parser.add_argument("--models", nargs="+", default=["8b", "70b-tp8"], choices=list(MODELS))
     parser.add_argument("--schemes", nargs="+", help="only these")
     parser.add_argument("--tokens", type=int, nargs="+", help="only these")

@@ -67,5 +67,6 @@ def _written(text: str) -> set[str]:
     written = re.match(r"(?!ST|RED|BAR|BRA|HGMMA)(\S+) R(\d+)", text)
     if written is None:
         return set()
-    wide = 4 if ".128" in written[1] or written[1].startswith("LDSM") else 2 if re.search(r"\.64|WIDE", written[1]) else 1
+    four, two = re.search(r"\.128|^LDSM", written[1]), re.search(r"\.64|WIDE", written[1])
+    wide = 4 if four else 2 if two else 1
     return {f"R{int(written[2]) + i}" for i in range(wide)}

@@ -121,7 +121,7 @@ def test_scales_and_weights_multiply_exactly(scheme: str) -> None:
     scale = torch.stack([_bf16(pairs[byte] & 0xFFFF) for byte in range(4)], -1)  # [stripe, block, g, t, 2 * half + rr]
     spread = _by_row(scale)
     values = kind.element.decode(codes).double() * 2.0 ** (BITS[kind.element.name].bias - 127)
-    got = values * spread[:126, : 8].repeat_interleave(kind.group, 1) * laid.factor.double()
+    got = values * spread[:126, :8].repeat_interleave(kind.group, 1) * laid.factor.double()
     assert torch.equal(got, want)
 
 
