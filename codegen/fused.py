@@ -39,9 +39,8 @@ def region_code(graph: Graph, shape: str, target: Target) -> RegionCode:
             f"region {graph.name} for class {shape}: {error}; set LLMOPT_PROVIDER=reference to run the model by "
             "torch's own ops, and report the model"
         ) from error
-    made = region.calls, region.temporaries, region.notes, region.prepared
-    calls, temporaries, notes, prepared = (tuple(found) for found in made)
-    return RegionCode(calls, region.outputs, temporaries, notes, prepared)
+    calls, temporaries = tuple(region.calls), tuple(region.temporaries)
+    return RegionCode(calls, region.outputs, temporaries, tuple(region.notes), tuple(region.prepared))
 
 
 def _rows(region: FusedRegion) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from llmopt.codegen.emit import epilogue_hook, load_g_hook, load_x_hook, per_token
-from llmopt.codegen.fused_lowbit import decoded_weight, laid_weight, scheme
+from llmopt.codegen.fused_lowbit import check_parts, columns, decoded_weight, laid_weight, scheme
 from llmopt.codegen.fused_region import (
     Argument,
     FusedRegion,
@@ -45,7 +45,7 @@ def _kernel(region: FusedRegion, linear: fx.Node, tokens: int) -> Call:
     load_x = load_x_hook(operands, x, region.stored)
     load_g = load_g_hook(operands, norm, region.stored) if norm is not None else None
     epilogue, offsets = epilogue_hook(operands, result, linear, region.stored)
-    sizes = {"K": _columns(linear), "J": per_token(result), "PARTS": len(offsets), "N": tokens}
+    sizes = {"K": columns(linear), "J": per_token(result), "PARTS": len(offsets), "N": tokens}
     sizes["NORM"] = int(norm is not None)
     template, kind, weight, told = _weight(region, linear, tokens, offsets)
     config = config_of(region, template, sizes, kind)
@@ -74,14 +74,11 @@ def _weight(
 ) -> tuple[str, str, list[Argument], dict[str, Scalar]]:
     """(template, the dtype or scheme it is tuned for, its first arguments, constants of the scheme)."""
     if op_name(linear) == "quantized_linear":
-        return "lowbit:lowbit", scheme(linear), *laid_weight(region, linear, offsets)
+        check_parts(linear, offsets)
+        return "lowbit:lowbit", scheme(linear), *laid_weight(region, linear)
     (weight,) = weight_of(linear)
     given: list[Argument] = [("w", type_of(weight), region.argument(weight))]
     return "gemv:gemv" if tokens == 1 else "gemm:gemm", dtype_of(weight), given, {}
-
-
-def _columns(linear: fx.Node) -> int:
-    return int(linear.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
 
 
 def _operand(linear: fx.Node) -> tuple[fx.Node, fx.Node | None]:

@@ -85,7 +85,7 @@ class BoundRegion:
         ready = self._ready.get(key) or self._prepare(key, len(inputs), tiles)
         values = [*inputs, frame.layout, tiles]
         for item in self.code.prepared:
-            values += prepared(item, inputs)
+            values += prepared(item, inputs, device)
         values += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in ready.made]
         values += ready.fixed
         for run, take, place in ready.calls:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ def read_weights(
     graphs: Iterable[str] = ("step",),
     known: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
+    apart: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """The weights these graphs read, on `device` (None: the CPU), contiguous; `known` ones are not read again.
+    """The weights these graphs read, on `device` (None: the CPU; those `apart` there in any case), contiguous; `known`
+    ones are not read again.
 
     Raises DeviceMemoryError: a GPU has no room for them.
     """
@@ -30,8 +32,10 @@ def read_weights(
     found: dict[str, Tensor] = {}
     try:
         for name in names:
-            have = known.get(name)
-            found[name] = have if have is not None else _placed(program.weights[name].load(), place)
+            have, there = known.get(name), torch.device("cpu") if name in apart else place
+            if have is None or have.device.type != there.type:
+                have = _placed(program.weights[name].load() if have is None else have, there)
+            found[name] = have
     except torch.OutOfMemoryError as error:
         whole = sum(program.weights[name].nbytes for name in names)
         done = sum(t.nbytes for t in found.values())

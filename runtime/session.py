@@ -28,14 +28,17 @@ from llmopt.runtime.gpu_code import GpuCode
 from llmopt.runtime.gpu_step import GpuStep
 from llmopt.runtime.kv_cache import KVCache
 from llmopt.runtime.loader import Regions, read_weights
-from llmopt.runtime.prepared import prepare_weights
+from llmopt.runtime.prepared import only_prepared, prepare_weights
 
 CACHE_SHARE = 0.5  # of the memory free once the weights are loaded
 
 
 @dataclass(frozen=True)
 class Session:
-    """Weights by name, the cache, the step function, its decoder if it has one, and the engine over them."""
+    """Weights by name, the cache, the step function, its decoder if it has one, and the engine over them.
+
+    Weights are on the device, but for those that its kernels read in another form alone (`runtime.prepared`).
+    """
 
     device: torch.device
     weights: dict[str, Tensor]
@@ -67,9 +70,10 @@ def open_session(
     Raises DeviceMemoryError or CacheFullError: the GPU's memory is too small.
     """
     place = torch.device(device or _device(target))
-    weights = read_weights(program, device=place)
+    apart = only_prepared(program) if isinstance(code, GpuCode) else ()
+    weights = read_weights(program, device=place, apart=apart)
     if isinstance(code, GpuCode):
-        prepare_weights(code, weights)  # ahead of the cache, which is given its share of what is left
+        prepare_weights(code, weights, place)  # ahead of the cache, which is given its share of what is left
     cache = open_cache(program, recipe, place, cache_bytes)
     current = CurrentPages(cache)
     decoder: DecodeGraphs | None = None

@@ -18,6 +18,7 @@ from llmopt.codegen.cubin import Cubin
 from llmopt.codegen.kernel import Prepared
 from llmopt.compiler.quant import SCHEMES
 from llmopt.runtime.gpu_code import GpuCode
+from llmopt.runtime.prepared import only_prepared
 
 pytest.importorskip("triton")
 
@@ -59,8 +60,13 @@ def test_it_is_loaded_and_planned_without_triton(tmp_path, uncompiled):
     prepared = [Prepared.from_data(p) for e in entries for p in e["prepared"] if e["shape"] == "1"]
     assert [p.form for p in prepared] == ["lowbit"] * 4
     assert {dict(p.constants)["columns"] for p in prepared} == {32, 48, 64}
-    assert not any(e["prepared"] for e in entries if e["shape"] == "many")
+    assert {json.dumps(e["prepared"]) for e in entries if e["region"] == "gemm"} == {
+        json.dumps([prepared[0].to_data()])
+    }
     said = run([sys.executable, "-c", PLAN, str(tmp_path / "a")], capture_output=True, text=True, check=True).stdout
+    low_bit = {name for name in model.program.graph("step").weights() if ".weight." in name}
+    assert only_prepared(model.program) == low_bit
+    assert len(low_bit) == 3 * 4
     prompts, triton, *weights = said.strip().split("|")
     assert (prompts, triton) == ("2", "False")
     stripes = {rows // 16 for rows in (128, 32, 96)}  # q|k|v, o and down, gate|up; columns are padded to 256

@@ -15,6 +15,7 @@ from gpu_models import ragged, tiny
 from interpreted import rounding
 from torch import Tensor, nn
 
+from llmopt.codegen.kernel import RegionCode
 from llmopt.compiler.program import Program
 from llmopt.compiler.quant import quantize
 from llmopt.compiler.recipe import Recipe
@@ -160,21 +161,26 @@ def test_a_product_in_decoding_is_one_kernel_over_its_low_bit_weights(case: Case
         assert [len(region.prepared) for region in made] == [0, 0, 1, 0, 1, 1, 1, 0]
 
 
+def calls(region: RegionCode) -> list[str]:
+    """Templates and ops of torch, in order."""
+    return [str(c.op) if c.kernel is None else c.kernel.template.partition(":")[0] for c in region.calls]
+
+
 def test_elsewhere_weights_are_decoded_for_torch_s_product() -> None:
     *_, code = lowered(CASES[0])
-    ops = {name: [call.op for call in code.code(name, "many").calls] for name in code.names() if "gemm" in name}
-    assert ops["gemm"] == [None, "dequantize", "linear"]
-    assert ops["gemm_1"] == ["dequantize", "linear_add"]
-    assert ops["gemm_2"] == [None, "dequantize", "linear", None]
+    ops = {name: calls(code.code(name, "many")) for name in ("gemm", "gemm_1", "gemm_2")}
+    assert ops["gemm"] == ["rows", "decoded", "linear"]
+    assert ops["gemm_1"] == ["decoded", "linear_add"]
+    assert ops["gemm_2"] == ["rows", "decoded", "linear", "rows"]
 
 
 def test_halves_that_end_inside_a_stripe_are_torch_s_with_a_note() -> None:
     *_, code = lowered(CASES[-1])
     region = code.code("gemm_2", "8")
-    assert [call.op for call in region.calls] == [None, "dequantize", "linear", None]
+    assert calls(region) == ["rows", "decoded", "linear", "rows"]
     (note,) = region.notes
     assert "its row 40 begins a part" in note
-    assert region.prepared == ()
+    assert region.prepared == code.code("gemm_2", "many").prepared
 
 
 def test_weights_are_laid_out_once_for_all_classes_and_before_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,5 +199,5 @@ def test_weights_are_laid_out_once_for_all_classes_and_before_the_cache(monkeypa
     with rounding():
         for count in (1, 2):
             decoded(found, [[3, 4]] * count)
-    prepare_weights(lowered(CASES[0])[-1], found.weights)
+    prepare_weights(lowered(CASES[0])[-1], found.weights, found.device)
     assert len(made) == 5
