@@ -1,85 +1,21 @@
-"""Steps with low-bit weights on a GPU, through Triton's interpreter: which kernels they are, and how exact.
-
-Weights are exact in every format, so the truth is the model in fp64 with the weights that the formats hold.
-"""
+"""Steps with low-bit weights on a GPU, also through Triton's interpreter: which kernels they are, and how exact."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
-from gpu_models import ragged, tiny
+from gpu_models import ragged
 from interpreted import rounding
-from torch import Tensor, nn
+from lowbit_steps import CASES, Case, by_reference, decoded, errors, lowered
 
 from llmopt.codegen.kernel import RegionCode
-from llmopt.compiler.program import Program
-from llmopt.compiler.quant import quantize
-from llmopt.compiler.recipe import Recipe
-from llmopt.compiler.target import Target
-from llmopt.runtime.build import build
-from llmopt.runtime.decoder import Batch
 from llmopt.runtime.engine import SamplingParams
-from llmopt.runtime.gpu_code import GpuCode, code_for
-from llmopt.runtime.prepared import prepare_weights
-from llmopt.runtime.sampler import SampleRows
+from llmopt.runtime.prepared import only_prepared, prepare_weights
 from llmopt.runtime.session import Session, open_session
 
-pytestmark = [pytest.mark.interp, pytest.mark.timeout(600)]
-
-PAGE = 4
-PROMPTS = (9, 6, 1)  # lengths of what is decoded from
-
-
-@dataclass(frozen=True)
-class Case:
-    """A recipe, the scheme it gives weights, and how the tiny model differs."""
-
-    recipe: str
-    scheme: str
-    changes: tuple[tuple[str, Any], ...] = ()
-
-    def model(self) -> Any:
-        """In bf16, of one layer."""
-        wider = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
-        return tiny("llama", torch.bfloat16, **{**wider, **dict(self.changes)})
-
-    def exact(self) -> Any:
-        """The model in fp64 with the weights that the program holds: q, k, v and gate, up as one matrix each."""
-        model = self.model().double()
-        for layer in model.model.layers:
-            a, m = layer.self_attn, layer.mlp
-            for group in ([a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]):
-                self._round(group)
-        return model
-
-    def _round(self, group: list[nn.Linear]) -> None:
-        whole = torch.cat([linear.weight.detach().bfloat16() for linear in group])
-        rounded = quantize(whole, self.scheme, "search").dequantize(torch.float64)
-        for linear, part in zip(group, rounded.split([linear.out_features for linear in group]), strict=True):
-            linear.weight.data.copy_(part)
-
-
-BIASES = (("attention_bias", True), ("mlp_bias", True))
-CASES = (
-    Case("nvfp4", "nvfp4"),
-    Case("mxfp4", "mxfp4", BIASES),
-    Case("int4", "int4_g128"),
-    Case("int4-asym", "int4_g128_asym", BIASES),
-    Case("fp8", "fp8_channel", (("intermediate_size", 40),)),  # halves that end inside a stripe of rows
-)
-
-
-@cache
-def lowered(case: Case) -> tuple[Program, Recipe, Target, GpuCode]:
-    recipe = replace(Recipe.parse(case.recipe), page_size=PAGE)
-    program, _, context = build(case.model(), recipe, "cuda:sm_90")
-    code = code_for(program, context.target)
-    assert isinstance(code, GpuCode)
-    return program, recipe, context.target, code
+pytestmark = pytest.mark.timeout(600)
 
 
 @cache
@@ -91,59 +27,38 @@ def opened(case: Case) -> Session:
     return open_session(program, recipe, target, code, launcher=launcher, device="cpu")
 
 
-def by_reference(case: Case) -> Session:
-    """The same recipe, every op by its plain meaning."""
-    recipe = replace(Recipe.parse(case.recipe), page_size=PAGE, providers=("reference",))
-    program, _, context = build(case.model(), recipe, "cpu")
-    return open_session(program, recipe, context.target, code_for(program, context.target))
+def check(case: Case, session: Session) -> None:
+    """No farther from fp64 than half as far again as the same recipe with every op by its plain meaning."""
+    ours, theirs = errors(case, session), errors(case, by_reference(case))
+    for kind, error in ours.items():
+        assert error <= 1.5 * theirs[kind], f"{kind}: {error:.2g} from fp64, the reference {theirs[kind]:.2g}"
 
 
-def of_a_prompt(session: Session, ids: Tensor) -> tuple[int, Tensor]:
-    """The row that its sequence has in the cache, and logits of every token."""
-    row = session.cache.open()
-    session.cache.reserve(row, len(ids) + 1)
-    slots, at = torch.tensor(session.cache.slots(row, 0, len(ids))), torch.arange(len(ids))
-    tables = session.cache.block_tables()
-    return row, session.step(ids[None], at[None], slots, torch.full_like(slots, row), tables, at)
-
-
-def decoded(session: Session, prompts: list[list[int]]) -> Tensor:
-    """Logits [len(prompts), V] of a token more, all sequences in one step."""
-    rows = [of_a_prompt(session, torch.tensor(prompt[:-1]))[0] for prompt in prompts]
-    ids, at = torch.tensor([p[-1] for p in prompts]), torch.tensor([len(p) - 1 for p in prompts])
-    slots = torch.tensor([session.cache.slots(r, int(n), int(n) + 1)[0] for r, n in zip(rows, at, strict=True)])
-    tables, numbers = session.cache.block_tables(), torch.tensor(rows)
-    if session.decoder is None:
-        step = session.step(ids[None], at[None], slots, numbers, tables, torch.arange(len(rows)))
-    else:
-        greedy = SampleRows.of([SamplingParams()] * len(rows), [0] * len(rows))
-        session.decoder.state.load(Batch(ids, at, slots, numbers, tables, greedy, int(at.max()) + 1))
-        step = session.step.decode(session.decoder.state, len(rows), 1)
-    for row in rows:
-        session.cache.release(row)
-    return step
-
-
+@pytest.mark.interp
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.recipe)
 def test_logits_are_as_near_to_fp64_as_the_reference_s(case: Case) -> None:
-    """Of a prompt's tokens, and of tokens decoded alone and beside others."""
-    session, plain, exact = opened(case), by_reference(case), case.exact()
-    prompts = [[*ragged(n)[0], 7] for n in PROMPTS]
-    with torch.no_grad():
-        truth = [exact(torch.tensor([p]), use_cache=False).logits[0] for p in prompts]
-    ids = torch.tensor(prompts[0])
-    wanted = [truth[0], truth[0][-1:], torch.stack([t[-1] for t in truth])]
-    errors = []
-    for one in (session, plain):
-        with rounding():
-            row, whole = of_a_prompt(one, ids)
-            one.cache.release(row)
-            found = [whole, decoded(one, prompts[:1]), decoded(one, prompts)]
-        errors.append([float((f.double() - w).norm() / w.norm()) for f, w in zip(found, wanted, strict=True)])
-    for kind, ours, theirs in zip(("prompt", "one", "several"), *errors, strict=True):
-        assert ours <= 1.5 * theirs, f"{kind}: {ours:.2g} from fp64, the reference {theirs:.2g}"
+    with rounding():
+        check(case, opened(case))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.recipe)
+def test_a_gpu_s_logits_are_as_near_to_fp64(case: Case) -> None:
+    """Codes and scales stay on the host; graphs give the same tokens again."""
+    program, recipe, target, code = lowered(case, "cuda")
+    session = open_session(program, recipe, target, code)
+    check(case, session)
+    apart = only_prepared(program)
+    assert apart
+    assert {name for name, weight in session.weights.items() if weight.device.type == "cpu"} == apart
+    made = session.engine.generate(ragged(5, 9), SamplingParams(max_new_tokens=6))
+    assert session.engine.generate(ragged(5, 9), SamplingParams(max_new_tokens=6)) == made
+    assert session.decoder is not None
+    assert session.decoder.captured > 0
+
+
+@pytest.mark.interp
 @pytest.mark.parametrize("case", CASES[:4], ids=lambda c: c.recipe)
 def test_a_product_in_decoding_is_one_kernel_over_its_low_bit_weights(case: Case) -> None:
     program, _, _, code = lowered(case)
@@ -166,6 +81,7 @@ def calls(region: RegionCode) -> list[str]:
     return [str(c.op) if c.kernel is None else c.kernel.template.partition(":")[0] for c in region.calls]
 
 
+@pytest.mark.interp
 def test_elsewhere_weights_are_decoded_for_torch_s_product() -> None:
     *_, code = lowered(CASES[0])
     ops = {name: calls(code.code(name, "many")) for name in ("gemm", "gemm_1", "gemm_2")}
@@ -174,6 +90,7 @@ def test_elsewhere_weights_are_decoded_for_torch_s_product() -> None:
     assert ops["gemm_2"] == ["rows", "decoded", "linear", "rows"]
 
 
+@pytest.mark.interp
 def test_halves_that_end_inside_a_stripe_are_torch_s_with_a_note() -> None:
     *_, code = lowered(CASES[-1])
     region = code.code("gemm_2", "8")
@@ -183,6 +100,7 @@ def test_halves_that_end_inside_a_stripe_are_torch_s_with_a_note() -> None:
     assert region.prepared == code.code("gemm_2", "many").prepared
 
 
+@pytest.mark.interp
 def test_weights_are_laid_out_once_for_all_classes_and_before_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     from llmopt.runtime import prepared, session
 
