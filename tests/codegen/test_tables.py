@@ -5,10 +5,12 @@ Configs repeat over shapes, and what they compile to hardly depends on the lengt
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import lowbit_cases
 import pytest
 import torch
 from gemm_cases import Case, Data
@@ -18,7 +20,7 @@ from llmopt.codegen.kernel import Kernel
 from llmopt.codegen.sampling import sampling_code
 from llmopt.compiler.target import Target
 
-PRODUCTS = ("gemv", "gemm")
+PRODUCTS = ("gemv", "gemm", "lowbit")
 ISAS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"]
 
 
@@ -32,22 +34,38 @@ class Tuned:
     config: dict[str, Any]
 
     def __str__(self) -> str:
-        kind = f"{self.template} PARTS={self.shape['PARTS']} NORM={self.shape['NORM']}"
+        scheme = f" {self.dtype}" if self.template == "lowbit" else ""
+        kind = f"{self.template}{scheme} PARTS={self.shape['PARTS']} NORM={self.shape['NORM']}"
         return " ".join([kind, *(f"{name}={value}" for name, value in sorted(self.config.items()))])
 
-    def case(self, K: int, J: int) -> Case:
+    def case(self, K: int, J: int) -> Case | lowbit_cases.Case:
         """The product with other lengths."""
+        if self.template == "lowbit":
+            return lowbit_cases.Case(self.dtype, K, J, self.shape["PARTS"], self.shape["NORM"])
         return Case(K, J, self.shape["PARTS"], self.shape["NORM"], dtype=getattr(torch, self.dtype))
 
     @property
     def span(self) -> int:
         """Columns that all parts of K take in one step."""
-        return int(self.config["BLOCK_K"] * self.config.get("SLICES", 1) * self.config.get("SPLIT_K", 1))
+        steps = (self.config.get(name, 1) for name in ("SLICES", "UNROLL", "SPLIT_K"))
+        return int(self.config["BLOCK_K"] * math.prod(steps))
 
     def kernel(self, target: Target) -> Kernel:
         """Of the shape itself."""
         case = self.case(self.shape["K"], self.shape["J"])
-        return case.kernel(self.template, self.config, pdl="pdl" in target.features)
+        pdl = "pdl" in target.features
+        if isinstance(case, lowbit_cases.Case):
+            return case.kernel(self.config, pdl)
+        return case.kernel(self.template, self.config, pdl=pdl)
+
+    def errors(self, K: int, J: int) -> tuple[float, float]:
+        """Against fp64, of the kernel and of torch in the product's own dtype."""
+        case = self.case(K, J)
+        if isinstance(case, lowbit_cases.Case):
+            of = lowbit_cases.Data.of(case, self.shape["N"])
+            return of.error(of.run(self.config)), of.error(of.plain(torch.bfloat16))
+        data = Data.of(case, self.shape["N"])
+        return data.error(data.run(self.template, self.config)), data.error(data.plain(case.dtype))
 
 
 @cache
@@ -77,9 +95,8 @@ def test_entries_are_of_the_kernels_there_are() -> None:
 def test_a_config_computes_the_product(one: Tuned) -> None:
     """Two steps along K and two blocks of J, with a rest where the shape has one."""
     rest = 8 * bool(one.shape["K"] % one.span)
-    case = one.case(2 * one.span + rest, 2 * one.config["BLOCK_J"])
-    data = Data.of(case, one.shape["N"])
-    assert data.error(data.run(one.template, one.config)) <= 1.5 * data.error(data.plain(case.dtype))
+    ours, theirs = one.errors(2 * one.span + rest, 2 * one.config["BLOCK_J"])
+    assert ours <= 1.5 * theirs
 
 
 @pytest.mark.xcompile
