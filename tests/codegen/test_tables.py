@@ -104,7 +104,10 @@ def test_a_config_computes_the_product(one: Tuned) -> None:
 def test_a_config_compiles_for_every_gpu(isa: str) -> None:
     """Those of the H200 fit the 99 KiB that sm_89 and sm_120 have for a block; with more it would be a BuildError."""
     target = Target.parse(f"cuda:{isa}")
-    wanted = [one.kernel(target) for one in tuned()]
+    able = [
+        one for one in tuned() if not one.config.get("DRAIN") or "wgmma" in target.features
+    ]  # drain waits for wgmma
+    wanted = [one.kernel(target) for one in able]
     made = cubin_parallel.compile_all(wanted, target)
     assert made.keys() == set(wanted)
     assert {found.pdl for found in made.values()} == {"pdl" in target.features}
