@@ -47,12 +47,12 @@ def _part(
         GROUPS: tl.constexpr = BATCH * BLOCK_K // (4 * OWN)
         put = load_byte_scales(scales, stripe, first, SCALE, KP, BATCH * BLOCK_K, OWN, END)
     elif SIDE == "sums":
-        GROUPS: tl.constexpr = BATCH
+        GROUPS: tl.constexpr = BATCH  # type: ignore[no-redef]
         word, factor = load_group_scales(scales, stripe, first, SCALE, GROUP, KP, BATCH, END)
         put = (word & 65535) * 65537 if SCALE == "zeros" else constant_operand(word, ELEMENT)
         factor = tl.reshape(factor, [BATCH, S * 16, 1] if BATCH > 1 else [S * 16, 1])
     else:
-        GROUPS: tl.constexpr = 1
+        GROUPS: tl.constexpr = 1  # type: ignore[no-redef]
         put = constant_operand(placed(a, 1), ELEMENT)
     return operand(a, b, c, put, ELEMENT, GROUPS, BATCH, BLOCK_K, WIDE), factor
 
