@@ -114,7 +114,7 @@ def third_party_imports() -> set[str]:
 
 
 def test_dependencies_are_those_imported():
-    """Nothing is imported that is not declared, and nothing is declared that is not imported; extras for users count."""
+    """Nothing is imported that is not declared, and nothing declared that is not imported; extras for users count."""
     extras = [line for name, lines in PROJECT["optional-dependencies"].items() if name != "dev" for line in lines]
     names = [re.match(r"[\w-]+", line).group() for line in [*PROJECT["dependencies"], *extras]]
     assert {IMPORT_NAMES.get(name, name) for name in names} == third_party_imports()
