@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _gpu_models import Weights, plain_weights, random_model, reference_logits
+from _gpu_models import Rounded, Weights, plain_weights, random_model, reference_logits
 from _gpu_peers import Case, Peer
 from _gpu_timing import LEAD, Clock, Denominators, interleaved, kernels, relative_error, summary
 from rich.console import Console
@@ -30,16 +30,21 @@ class GateError(RuntimeError):
 
 
 def gate(peers: Mapping[str, Peer], case: Case, ids: torch.Tensor) -> dict[str, float]:
-    """Relative error of the logits [B, V] of each peer's first step against fp64 ones after ids [B, T].
+    """Relative error of the logits [B, V] of each peer's first step against fp64 ones after ids [B, T], of the weights
+    as the peer rounds them.
 
     Raises GateError: one is above MOST times that of LIKE (above SOUND where LIKE is no peer).
     """
     rows = min(GATED, case.batch)
-    want = reference_logits(case.weights, ids[:rows])
+    want: dict[tuple[str, str], torch.Tensor] = {}
     errors = {}
     for name, peer in peers.items():
+        how = getattr(peer, "scheme", ""), getattr(peer, "scale", "")
+        if how not in want:
+            layers = Rounded(case.weights.layers, *how) if how[0] else case.weights.layers
+            want[how] = reference_logits(case.weights._replace(layers=layers), ids[:rows])
         peer.rewind()
-        errors[name] = relative_error(peer.step()[:rows], want)
+        errors[name] = relative_error(peer.step()[:rows], want[how])
     if errors.get(LIKE, 0.0) > SOUND:
         raise GateError(f"{LIKE} is {errors[LIKE]:.3f} from the fp64 logits, wanted at most {SOUND}: {errors}")
     most = MOST * errors[LIKE] if LIKE in errors else SOUND
@@ -102,6 +107,7 @@ def measure(
         {
             "peer": name, "note": peer.note, "ms": summary(found[name]["ms"]),
             "host_ms": summary(found[name]["host_ms"]), "error": errors[name], "ready_s": seconds[name],
+            "saved_bytes": getattr(peer, "saved_bytes", 0),
             **kernels(peer, clock),
         }
         for name, peer in peers.items()

@@ -7,12 +7,15 @@ batched products over groups of query heads. The fp64 logits come from the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
+
+from llmopt.compiler.quant import quantize
 
 ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA = {
@@ -80,7 +83,7 @@ class Weights(NamedTuple):
     """A whole model's tensors, and what its computation needs beside them; fused matrices are copies."""
 
     embedding: Tensor
-    layers: tuple[Layer, ...]
+    layers: Sequence[Layer]
     norm: Tensor
     head: Tensor
     frequencies: Tensor  # radians a position, [D / 2]
@@ -239,6 +242,21 @@ def reference_logits(weights: Weights, ids: Tensor) -> Tensor:
             states[i] = finish(wide, x, attended, weights.eps)
     last = torch.cat([x[:, -1] for x in states])
     return F.linear(rms_norm(last, weights.norm.to(dtype), weights.eps), weights.head.to(dtype))
+
+
+class Rounded(Sequence[Layer]):
+    """Layers with the matrices of a model in a low-bit scheme, dequantised (fp32) when a layer is asked for."""
+
+    def __init__(self, layers: Sequence[Layer], scheme: str, scale: str) -> None:
+        self.layers, self.scheme, self.scale = layers, scheme, scale
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, at: Any) -> Any:
+        layer = self.layers[at]
+        names = ("qkv", "out", "gate_up", "down")
+        return layer._replace(**{n: quantize(getattr(layer, n), self.scheme, self.scale).dequantize() for n in names})
 
 
 def step_bytes(weights: Weights, batch: int, context: int) -> int:

@@ -161,32 +161,42 @@ def compiled(module: nn.Module, mode: str) -> Callable[..., Any]:
     return torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
 
 
-def ours(case: Case) -> Any:
+def ours(case: Case, recipe: str = "default") -> Any:
     """The case's model compiled by llmopt for the machine it is on; once for all cases of a model."""
     import llmopt
 
-    if OURS not in case.kept:
+    key = OURS, recipe
+    if key not in case.kept:
         weight = case.model.lm_head.weight
         name = str(weight.dtype).removeprefix("torch.")
-        case.kept[OURS] = llmopt.compile(case.model, target=weight.device.type, dtype=name)
-    return case.kept[OURS]
+        case.kept[key] = llmopt.compile(case.model, recipe, target=weight.device.type, dtype=name)
+    return case.kept[key]
 
 
 def rows_for(model: Any, case: Case, length: int) -> list[int]:
     """Rows of llmopt's cache with room for `length` tokens, one a sequence; those of the last case are freed."""
-    for row in case.kept.pop("rows", []):
+    key = "rows", id(model)
+    for row in case.kept.pop(key, []):
         model.cache.release(row)
-    rows = case.kept["rows"] = [model.cache.open() for _ in range(case.batch)]
+    rows = case.kept[key] = [model.cache.open() for _ in range(case.batch)]
     for row in rows:
         model.cache.reserve(row, length)
     return rows
 
 
 class Llmopt:
-    """llmopt: compiled for the machine, its paged cache, greedy."""
+    """llmopt: compiled for the machine after a recipe, its paged cache, greedy.
 
-    def __init__(self, case: Case) -> None:
-        self.model = ours(case)
+    `scheme` and `scale` are how the recipe rounds the layers' matrices ("" if it does not), `saved_bytes` what a step
+    need not read for it.
+    """
+
+    def __init__(self, case: Case, recipe: str = "default") -> None:
+        self.model = ours(case, recipe)
+        options = {k: v for spec in self.model.recipe.passes if spec.name == "quantize" for k, v in spec.options}
+        self.scheme, self.scale = str(options.get("weights", "")), str(options.get("scale", "search"))
+        figures = [f for p in self.model.report.passes for f in p.stats.figures.values()]
+        self.saved_bytes = sum(f["bytes_before"] - f["bytes"] for f in figures)
         self.decoder: Any = self.model.session.decoder
         how = "the step and argmax" if self.decoder is None else "decoding graphs"
         self.note = f"llmopt, recipe {self.model.recipe.name}, target {self.model.target.name}, paged cache, {how}"
@@ -259,4 +269,5 @@ PEERS: dict[str, Callable[[Case], Peer]] = {
     "plain-flex-max-autotune": functools.partial(PlainInductor, mode="max-autotune", attention="flex"),
     "plain-grouped-max-autotune": functools.partial(PlainInductor, mode="max-autotune", attention="grouped"),
     OURS: Llmopt,
+    **{f"{OURS}-{recipe}": functools.partial(Llmopt, recipe=recipe) for recipe in ("nvfp4", "mxfp4", "int4", "fp8")},
 }

@@ -53,7 +53,8 @@ def measure_case(
     needed = step_bytes(weights, batch, context)
     if "read_bytes_per_s" in found:
         for row in found["peers"]:
-            row["read_bandwidth_share"] = needed / (row["ms"]["median"] / 1e3) / found["read_bytes_per_s"]
+            read = needed - row["saved_bytes"]
+            row["read_bandwidth_share"] = read / (row["ms"]["median"] / 1e3) / found["read_bytes_per_s"]
     about = {"model": name, "batch": batch, "tokens": context, "static_cache": context + SPARE}
     return {**about, "bytes_per_step": needed, **found}
 
