@@ -148,6 +148,22 @@ def test_the_gate_stops_logits_that_are_too_far_off(bench: SimpleNamespace) -> N
         bench.cases.gate({"hf-eager": Recorder("hf-eager", [], want * 1.5)}, case, ids)
 
 
+@torch.no_grad()
+def test_a_low_bit_peer_is_held_to_its_own_rounded_weights(bench: SimpleNamespace) -> None:
+    model, ids = model_and_ids(bench, "tiny-llama")
+    case = bench.peers.Case(model, bench.models.plain_weights(model), ids, compiled=False)
+    made = {name: bench.peers.PEERS[name](case) for name in ("hf-eager", "llmopt-nvfp4")}
+    errors = bench.cases.gate(made, case, ids)
+    assert errors["llmopt-nvfp4"] < 1e-5
+    low = made["llmopt-nvfp4"]
+    low.scheme = ""
+    with pytest.raises(bench.cases.GateError, match="llmopt-nvfp4 is"):
+        bench.cases.gate(made, case, ids)
+    matrices = [m for layer in case.weights.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    stored = sum(m.shape[0] * -(-m.shape[1] // 16) * 9 + 4 for m in matrices)  # 16 codes and a scale, a global scale
+    assert low.saved_bytes == sum(m.nbytes for m in matrices) - stored
+
+
 def test_kernels_are_counted_from_the_trace(bench: SimpleNamespace) -> None:
     events = [
         {"cat": "kernel", "name": "gemm", "dur": 3.0},
