@@ -20,7 +20,7 @@ from llmopt.codegen.index import ZERO, Index, sizes_of, split, variable
 from llmopt.codegen.printer import Operands, Printer, Variable
 from llmopt.compiler import emittable
 from llmopt.compiler.errors import EmitError
-from llmopt.compiler.ops import gated, rms_norm, softcap
+from llmopt.compiler.ops import gated, linear, rms_norm, softcap
 
 bf16, f32, i64 = torch.bfloat16, torch.float32, torch.int64
 TOKENS = 1009  # no other size is as long
@@ -167,7 +167,7 @@ def test_quotient_and_remainder_of_one_value_cancel():
 
 def hooks_of_gemm(graph: Any) -> tuple[Operands, emit.Hook, tuple[int, ...]]:
     operands = Operands()
-    (linear,) = graph.calls("aten.linear")
+    (linear,) = graph.calls("linear")
     return operands, *emit.epilogue_hook(operands, graph.outputs()[0], linear, ())
 
 
@@ -176,7 +176,7 @@ LINEAR = {"x": ((1, "N", 24), bf16), "w": ((16, 24), bf16), "b": ((16,), bf16), 
 
 def test_epilogue_of_two_halves():
     def half(x, w, b, y):
-        made = aten.add.Tensor(aten.linear.default(x, w), b)
+        made = aten.add.Tensor(linear(x, w), b)
         gate, up = (aten.slice.Tensor(made, 2, start, start + 8) for start in (0, 8))
         return (gated(gate, up, "silu"),)
 
@@ -190,7 +190,7 @@ def test_epilogue_of_two_halves():
 
 def test_a_bias_inside_a_product_is_refused_not_left_out():
     def biased(x, w, b, y):
-        return (aten.linear.default(x, w, b),)
+        return (linear(x, w, b),)
 
     with pytest.raises(EmitError, match="adds a bias itself"):
         hooks_of_gemm(region(biased, LINEAR))
@@ -198,7 +198,7 @@ def test_a_bias_inside_a_product_is_refused_not_left_out():
 
 def test_epilogue_adds_a_residual_and_keeps_fp32():
     def add(x, w, b, y):
-        return (softcap(aten.add.Tensor(aten.linear.default(x, w), y), 30.0),)
+        return (softcap(aten.add.Tensor(linear(x, w), y), 30.0),)
 
     operands, hook, offsets = hooks_of_gemm(region(add, LINEAR))
     assert offsets == (0,)
@@ -210,7 +210,7 @@ def test_epilogue_adds_a_residual_and_keeps_fp32():
 
 
 def test_plain_epilogue_is_the_accumulator():
-    graph = region(lambda x, w, b, y: (aten.linear.default(x, w),), LINEAR)
+    graph = region(lambda x, w, b, y: (linear(x, w),), LINEAR)
     _, hook, offsets = hooks_of_gemm(graph)
     assert hook.source.splitlines()[-1] == "    return acc0"
     assert offsets == (0,)
@@ -275,7 +275,7 @@ def test_too_many_tensors_are_refused():
 
 def test_interleaved_halves_are_refused():
     def interleaved(x, w, b, y):
-        return (aten.slice.Tensor(aten.linear.default(x, w), 2, 0, 16, 2),)
+        return (aten.slice.Tensor(linear(x, w), 2, 0, 16, 2),)
 
     with pytest.raises(EmitError, match="wanted for column n"):
         hooks_of_gemm(region(interleaved, LINEAR))

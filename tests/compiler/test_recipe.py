@@ -265,6 +265,7 @@ def test_the_json_form_is_the_documented_one():
         "dims": {"tokens": [1, 8192], "sequences": [1, 256]},
         "page_size": 16,
         "dtype": None,
+        "about": "exact, as fast as this machine can",
     }
 
 

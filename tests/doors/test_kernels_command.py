@@ -12,7 +12,7 @@ import pytest
 import llmopt
 from llmopt.codegen.kernel import RegionCode
 from llmopt.commands.kernels import code_notes, list_kernels
-from llmopt.commands.model import compile_to
+from llmopt.commands.model import Wanted, compile_to
 from llmopt.compiler.errors import InputError, TargetError
 from llmopt.runtime.gpu_code import SHAPES, GpuCode
 
@@ -22,7 +22,7 @@ PICO = str(Path(__file__).resolve().parents[2] / "examples" / "models" / "pico-l
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("artifact") / "pico"
-    compile_to(PICO, path, "default", "cuda:sm_90", "bfloat16", as_json=True)
+    compile_to(PICO, path, Wanted("default", "cuda:sm_90", "bfloat16"), as_json=True)
     return path
 
 
@@ -78,7 +78,7 @@ def test_without_triton_nothing_is_written_for_a_gpu(tmp_path, monkeypatch):
         importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else found(name, *rest)
     )
     with pytest.raises(InputError, match=r"^no GPU kernels: Triton is not installed .*: nothing was written"):
-        compile_to(PICO, tmp_path / "a", "default", "cuda:sm_90", "float32", as_json=True)
+        compile_to(PICO, tmp_path / "a", Wanted("default", "cuda:sm_90", "float32"), as_json=True)
     assert not (tmp_path / "a").exists()
     with pytest.raises(InputError, match="has no GPU kernels: Triton is not installed for target cuda:sm_90"):
         list_kernels(PICO, None, "cuda:sm_90", None, as_json=True)
