@@ -65,6 +65,8 @@ class Lower(Pass):
                 _log.warning("llmopt: %s", note)
         elif fused and (why := [text for text in reasons if text.startswith("attend not by triton")]):
             _log.warning("llmopt: torch attends, and there are no decoding graphs: %s", "; ".join(why))
+        if fused and (why := [text for text in reasons if text.startswith("quantized_linear not by triton")]):
+            _log.warning("llmopt: torch multiplies with low-bit weights, op by op, which is slow: %s", "; ".join(why))
         return stats
 
 

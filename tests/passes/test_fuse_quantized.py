@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any
 
@@ -78,8 +79,14 @@ def test_the_regions_of_equal_layers_are_the_same() -> None:
         ("nvfp4", torch.float16, "low-bit weights are multiplied in bfloat16, and its operand is float16"),
     ],
 )
-def test_what_no_kernel_takes_is_torch_s_and_said(name: str, dtype: torch.dtype, why: str) -> None:
-    program, reports = lowered(name, dtype)
+def test_what_no_kernel_takes_is_torch_s_and_said(
+    name: str, dtype: torch.dtype, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "llmopt"):
+        program, reports = lowered(name, dtype)
+    (warned,) = caplog.messages
+    assert warned.startswith("llmopt: torch multiplies with low-bit weights, op by op, which is slow: ")
+    assert f"quantized_linear not by triton: {why}" in warned
     step = program.graph("step")
     assert counts(step)["quantized_linear"] == 4 * LAYERS
     assert program.choices["providers"]["quantized_linear=reference"] == 4 * LAYERS
