@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmopt.codegen.kernel import Kernel
-from llmopt.codegen.lowbit_layout import Laid, constants, lay
+from llmopt.codegen.lowbit_layout import Laid, constants, in_order, lay, own
 from llmopt.codegen.templates import lowbit
 from llmopt.compiler.quant.packing import pack
 from llmopt.compiler.quant.quantize import dequantize
@@ -21,11 +21,16 @@ from llmopt.compiler.target import Target
 H200 = Target.parse("cuda:sm_90")
 COPIED = 400e6  # bytes of rotating weights, more than any cache holds
 FEWEST = 6  # copies, at least
+ORDERED_AT_ONCE = 1024  # columns of x
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One product: w [parts * J, K]; x has `stride` elements a token; the result is added to a residual or gated."""
+    """One product: w [parts * J, K]; x has `stride` elements a token; the result is added to a residual or gated.
+
+    `ordered`: the kernel is given x in wgmma's order. Behind a norm x is brought there beforehand, as the norm's kernel
+    would write it; elsewhere a kernel does that, which counts.
+    """
 
     model: str
     name: str
@@ -35,6 +40,7 @@ class Shape:
     norm: int = 0
     residual: bool = False
     stride: int = 0
+    ordered: int = 0
 
     @property
     def weights(self) -> int:
@@ -43,12 +49,17 @@ class Shape:
 
     def sizes(self, tokens: int) -> dict[str, int]:
         """What the template's `configs` reads."""
-        return {"K": self.K, "J": self.J, "PARTS": self.parts, "NORM": self.norm, "N": tokens}
+        sizes = {"K": self.K, "J": self.J, "PARTS": self.parts, "NORM": int(self.norm and not self.ordered)}
+        return {**sizes, "ORDERED": self.ordered, "N": tokens}
+
+    def given_order(self) -> Shape:
+        """The same, of x in order."""
+        return replace(self, ordered=1)
 
     def plain(self) -> Shape:
         """The product alone: no norm, no residual, halves one after the other."""
         name = f"{self.name.removesuffix('-alone')}-alone"
-        return replace(self, name=name, J=self.parts * self.J, parts=1, norm=0, residual=False, stride=0)
+        return replace(self, name=name, J=self.parts * self.J, parts=1, norm=0, residual=False, stride=0, ordered=0)
 
 
 def _layer(model: str, hidden: int, ffn: int, qkv: int, attended: int) -> dict[str, Shape]:
@@ -93,6 +104,18 @@ def gated(a, b, m, n, ok, e0, e1, e2, e3, e4, e5):
 """
 
 
+_ORDER = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def order(r, c, rows_ok, N, e0, e1, e2, e3, e4, e5, e6, e7, o0, o1, o2, o3):
+    place = c // {block} * {block} + c % {own} // 8 * 32 + c % 8 // 2 * 8 + c % {block} // {own} * 2 + c % 2
+    ok = rows_ok & (c < {K})
+    tl.store(o0 + r * {K} + place, tl.load(e0 + r * {stride} + c, mask=ok), mask=ok)
+"""
+
+
 @dataclass(frozen=True)
 class Variant:
     """The template's kernel for a scheme and shape under some constants; `pdl` 0 or 1."""
@@ -116,23 +139,35 @@ class Variant:
         types = [("w", "*i32")]
         types += [("scales", "*i32")] * (told["SIDE"] != "rows")
         types += [("factor", "*fp32")] * (told["FACTORS"] != 0) + [("y", "*bf16"), ("e0", "*bf16")]
-        types += [("e1", "*bf16")] * s.norm + [("e2", "*bf16")] * s.residual + [("N", "i32")]
+        norm = s.sizes(0)["NORM"]
+        types += [("e1", "*bf16")] * norm + [("e2", "*bf16")] * s.residual + [("N", "i32")]
         types += [("tickets", "*i32"), ("partial", "*fp32")] * (config["SPLIT_K"] > 1)
         optional = ("scales", "factor", "e1", "e2", "e3", "e4", "e5", "tickets", "partial")
         absent = [name for name in optional if name not in dict(types)]
         hooks = {"LOAD_X": "x", "EPILOGUE": "gated" if s.parts == 2 else "added" if s.residual else "plain"}
-        if s.norm:
+        if norm:
             hooks["LOAD_G"] = "g"
         else:
             absent.append("LOAD_G")
         launch = {name: config.pop(name) for name in ("num_warps", "num_stages")}
         fixed = {
             **dict.fromkeys(absent), **told, "K": s.K, "J": s.J, "OFFSET0": 0, "OFFSET1": s.J if s.parts == 2 else 0,
-            "PARTS": s.parts, "NORM": s.norm, "EPS": 1e-5, **config, "PDL": self.pdl,
+            "PARTS": s.parts, "NORM": norm, "ORDERED": s.ordered, "EPS": 1e-5, **config, "PDL": self.pdl,
         }  # fmt: skip
-        source = _HOOKS.format(stride=s.stride or s.K, J=s.J)
+        source = _HOOKS.format(stride=s.K if s.ordered else s.stride or s.K, J=s.J)
         return Kernel("lowbit:lowbit", tuple(types), tuple(fixed.items()), tuple(hooks.items()), source,
                       pdl=bool(self.pdl), **launch)  # fmt: skip
+
+    def order(self) -> Kernel | None:
+        """What brings x [N, K] into order, if that counts."""
+        s, width = self.shape, own(SCHEMES[self.scheme])
+        if not s.ordered or s.norm:
+            return None
+        source = _ORDER.format(block=4 * width, own=width, K=s.K, stride=s.stride or s.K)
+        absent = dict.fromkeys([*(f"e{i}" for i in range(1, 8)), "o1", "o2", "o3"])
+        fixed = {**absent, "ROWS_PER_TOKEN": 1, "ROWS": 1, "BLOCK": ORDERED_AT_ONCE, "PDL": self.pdl}
+        types = ("e0", "*bf16"), ("o0", "*bf16"), ("N", "i32")
+        return Kernel("rows:rows", types, tuple(fixed.items()), (("BODY", "order"),), source, 2, pdl=bool(self.pdl))
 
     def grid(self) -> tuple[int, ...]:
         """Programs."""
@@ -226,7 +261,17 @@ class Operands:
 
     def beside(self, x: Tensor | None = None, r: Tensor | None = None) -> list[Tensor]:
         """x, g, residual: those there are."""
-        return [t for t in (self.x if x is None else x, self.g, self.r if r is None else r) if t is not None]
+        given = self.x if x is None else x, self.g, self.r if r is None else r
+        return [t for t in given if t is not None]
+
+    def normed(self, scheme: Scheme) -> list[Tensor]:
+        """x behind its norm and in order, residual if there is one."""
+        x = self.x[:, : self.shape.K].float()
+        if self.g is not None:
+            x = F.rms_norm(x, (self.shape.K,), self.g.float(), 1e-5)
+        parts, axes = in_order(scheme)
+        x = x.bfloat16().unflatten(-1, (-1, *parts)).permute(0, 1, *(2 + axis for axis in axes)).flatten(1)
+        return [x.contiguous(), *([] if self.r is None else [self.r])]
 
     def plain(self, w: Tensor, tokens: int) -> Tensor:
         """In w's dtype."""

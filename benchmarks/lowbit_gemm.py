@@ -4,11 +4,12 @@
     python benchmarks/lowbit_gemm.py --minutes 3.5 --out lowbit.json
     python benchmarks/lowbit_gemm.py --accept lowbit.json             # into codegen/tuned/
 
-Each case (scheme, shape, tokens) alone, most wanted first: every configuration is compared with an fp64 product of the
-exactly dequantised weights, then 300 calls back to back with the first of them, and what is right is timed in turns
-with the peers, each a CUDA graph of 24 launches or more over rotating copies of the weights (6 and 400 MB at least);
-medians. `chain`: 32 layers' four products with weights of their own, each reading what the last wrote, in one graph.
-The result file is written after every case. Only kernels that the cache has are tried; --compile fills it.
+Each case (scheme, shape, tokens, x as it is or in wgmma's order) alone, most wanted first: every configuration is
+compared with an fp64 product of the exactly dequantised weights, then 300 calls back to back with the first of them,
+and what is right is timed in turns with the peers, each a CUDA graph of 24 launches or more over rotating copies of the
+weights (6 and 400 MB at least); medians. `chain`: 32 layers' four products with weights of their own, each reading what
+the last wrote, in one graph. The result file is written after every case. Only kernels that the cache has are tried;
+--compile fills it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,19 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _gpu_timing import Clock, Denominators
-from _lowbit_cases import COPIED, H200, MODELS, Operands, Shape, Variant, Weights, summary, tensors, variants
+from _lowbit_cases import (
+    COPIED,
+    H200,
+    MODELS,
+    ORDERED_AT_ONCE,
+    Operands,
+    Shape,
+    Variant,
+    Weights,
+    summary,
+    tensors,
+    variants,
+)
 from _lowbit_chain import chain
 from _lowbit_peers import Bf16, TinyGemm
 
@@ -40,6 +53,7 @@ from llmopt.codegen.cubin import cached
 from llmopt.codegen.kernel import Kernel, Launch, Launcher
 from llmopt.codegen.lowbit_layout import Laid
 from llmopt.compiler.errors import BuildError
+from llmopt.compiler.quant.schemes import SCHEMES as KINDS
 from llmopt.runtime.measure import environment, write_json
 
 CALLS = 300
@@ -54,15 +68,17 @@ def jobs(models: Iterable[str]) -> list[Job]:
     for model in models:
         shapes = [MODELS[model][name] for name in SHAPES]
         alone = [shape.plain() for shape in shapes]
-        found += [("nvfp4", shape, 1) for shape in shapes]
-        found += [(scheme, shape, 1) for scheme in ("int4_g128", "mxfp4") for shape in shapes]
-        found += [("nvfp4", alone[0], 1)]
-        found += [("nvfp4", shape, tokens) for tokens in (16, 64) for shape in shapes]
-        found += [("nvfp4", alone[0], tokens) for tokens in (16, 64)]
-        found += [("nvfp4", shape, tokens) for tokens in (8, 32) for shape in shapes]
-        found += [("nvfp4", shape, 1) for shape in alone[1:]]
-        found += [(scheme, shapes[0], 1) for scheme in ("fp8_channel", "mxfp6_e2m3", "mxfp8", "int8")]
-        found += [(scheme, shape, n) for n in (16, 64) for scheme in ("int4_g128", "mxfp4") for shape in shapes]
+        ordered = [shape.given_order() for shape in shapes]
+        four = ("nvfp4", "int4_g128", "mxfp4")
+        found += [(scheme, shape, 1) for scheme in four for shape in shapes]
+        found += [("nvfp4", shape, 1) for shape in alone]
+        found += [(scheme, shape, 64) for scheme in four for shape in ordered]
+        found += [(scheme, shape, 32) for scheme in four for shape in (ordered[0], shapes[1], shapes[2], ordered[3])]
+        found += [(scheme, shape, 16) for scheme in four for shape in shapes]
+        found += [(scheme, shapes[0], n) for n in (1, 16) for scheme in ("mxfp6_e2m3", "fp8_channel", "mxfp8", "int8")]
+        found += [("nvfp4", shape, 8) for shape in shapes]
+        found += [("nvfp4", ordered[0], 16), ("nvfp4", shapes[0], 32), ("nvfp4", ordered[1], 32)]
+        found += [("nvfp4", ordered[2], 32), ("nvfp4", shapes[3], 32)]
     return found
 
 
@@ -97,6 +113,7 @@ class Bench:
 
     def of(self, scheme: str, shape: Shape) -> tuple[Weights, Operands]:
         """Made when first asked for, with the fp64 result and torch's own error."""
+        shape = replace(shape, ordered=0)
         if (scheme, shape) not in self.weights:
             operands = self.operands.setdefault(shape, Operands(shape, self.device))
             made = Weights(scheme, shape, self.device, COPIED if self.device == "cuda" else 0.0)
@@ -109,21 +126,34 @@ class Bench:
     def launch(self, variant: Variant) -> Callable[..., None]:
         """launch(laid, y, operands beside, tokens)."""
         run, grid, scratch = self.ready(variant.kernel()), variant.grid(), variant.scratch(self.device)
+        first, K = variant.order(), variant.shape.K
+        order = None if first is None else self.ready(first)
+        held = torch.empty(64, K, device=self.device, dtype=torch.bfloat16)
 
         def call(laid: Laid, y: torch.Tensor, beside: list[torch.Tensor], tokens: int, run: Launch = run) -> None:
+            if order is not None:
+                order((tokens, -(-K // ORDERED_AT_ONCE)), [beside[0], held, tokens])
+                beside = [held, *beside[1:]]
             run(grid, [*tensors(laid), y, *beside, tokens, *scratch])
 
         return call
 
+    def beside(self, variant: Variant) -> list[torch.Tensor]:
+        """What a launch of the variant reads besides weights."""
+        operands = self.of(variant.scheme, variant.shape)[1]
+        shape = variant.shape
+        return operands.normed(KINDS[variant.scheme]) if shape.ordered and shape.norm else operands.beside()
+
     def fault(self, variant: Variant, call: Callable[..., None], tokens: int) -> tuple[str | None, float]:
         """What is wrong with a variant's results, and its error relative to fp64."""
-        weights, operands = self.of(variant.scheme, variant.shape)
-        want, torchs, torchs_far = self.exact[variant.scheme, variant.shape]
+        weights, _ = self.of(variant.scheme, variant.shape)
+        want, torchs, torchs_far = self.exact[variant.scheme, replace(variant.shape, ordered=0)]
         want = want[:tokens]
         calls = CALLS if self.device == "cuda" else 2
         y = torch.full((calls, tokens, variant.shape.J), float("nan"), device=self.device, dtype=torch.bfloat16)
+        beside = self.beside(variant)
         for i in range(calls):
-            call(weights.copies[0], y[i], operands.beside(), tokens)
+            call(weights.copies[0], y[i], beside, tokens)
         error = float((y[0].double() - want).norm() / want.norm())
         slack = 1.0 if self.device == "cuda" else 4.0  # the interpreter cuts bf16 off
         if not error <= 1.5 * slack * torchs:
@@ -185,7 +215,7 @@ def measure(bench: Bench, job: Job, tried: list[Variant], said: dict[str, str]) 
             call = bench.launch(variant)
             fault, errors[name] = bench.fault(variant, call, tokens)
             if fault is None:
-                beside = operands.beside()
+                beside = bench.beside(variant)
                 graphs[name] = bench.graph(lambda laid, c=call, b=beside: c(laid, y, b, tokens), list(weights.copies))
         except (RuntimeError, BuildError) as error:
             fault = f"{type(error).__name__}: {str(error)[:200]}"
@@ -207,8 +237,9 @@ def measure(bench: Bench, job: Job, tried: list[Variant], said: dict[str, str]) 
         {"us": us[name], "error": errors[name], **summary(by_name[name])} for name in sorted(us, key=us.__getitem__)
     ]
     return {
-        "scheme": scheme, "model": shape.model, "name": shape.name, "tokens": tokens, "bytes": weights.nbytes,
-        "torch_error": bench.exact[scheme, shape][1], "peers_us": peers, "rows": rows, "wrong": wrong,
+        "scheme": scheme, "model": shape.model, "name": shape.name, "ordered": shape.ordered,
+        "tokens": tokens, "bytes": weights.nbytes, "torch_error": bench.exact[scheme, replace(shape, ordered=0)][1],
+        "peers_us": peers, "rows": rows, "wrong": wrong,
     }  # fmt: skip
 
 
@@ -220,8 +251,8 @@ def show(r: dict[str, Any], top: int = 4) -> None:
     peers = " ".join(f"{name} {us:.2f} ({us / best:.2f}x)" for name, us in r["peers_us"].items())
     error = r["rows"][0]["error"] if r["rows"] else float("nan")
     print(
-        f"{r['model']} {r['scheme']} {r['name']} N={r['tokens']} {r['bytes'] / best / 1e6:.2f} TB/s {peers} err "
-        f"{error:.1e}/{r['torch_error']:.1e} no-pdl {off:.2f} | {fast}"
+        f"{r['model']} {r['scheme']} {r['name']}{' in order' * r['ordered']} N={r['tokens']} "
+        f"{r['bytes'] / best / 1e6:.2f} TB/s {peers} err {error:.1e}/{r['torch_error']:.1e} no-pdl {off:.2f} | {fast}"
         + (f" WRONG {r['wrong']}" if r["wrong"] else ""),
         flush=True,
     )
@@ -229,7 +260,7 @@ def show(r: dict[str, Any], top: int = 4) -> None:
 
 def compile_all(wanted: list[Variant], workers: int, seconds: float) -> None:
     """Fill the cache, most wanted first; what does not compile is said and left out."""
-    kernels = list(dict.fromkeys(v.kernel() for v in wanted))
+    kernels = list(dict.fromkeys(k for v in wanted for k in (v.kernel(), v.order()) if k is not None))
     todo: queue.SimpleQueue[Kernel] = queue.SimpleQueue()
     for kernel in kernels:
         if not _there(kernel):
@@ -294,9 +325,9 @@ def run(args: argparse.Namespace, plan: dict[Job, list[Variant]]) -> None:
         scheme, shape, tokens = job
         fastest = next((row["text"] for row in r["rows"] if row["pdl"]), None)
         chosen = best.setdefault((shape.model, scheme, tokens), {})
-        for variant in (v for v in tried if v.text() == fastest):
+        for variant in (v for v in tried if v.text() == fastest and not shape.ordered):
             chosen[shape.name] = variant
-        if set(SHAPES) == set(chosen):
+        if set(SHAPES) == set(chosen) and shape.name in SHAPES and not shape.ordered:
             try:
                 results["chain"].append(chain(bench, shape.model, scheme, tokens, chosen))
             except (RuntimeError, BuildError) as error:
@@ -322,7 +353,7 @@ def accept(path: Path) -> Path:
     entries = []
     for r in results["cases"]:
         row = next((w for w in r["rows"] if w["pdl"]), None)
-        if row is not None and not r["name"].endswith("-alone"):
+        if row is not None and r["name"] in SHAPES:
             entries.append({
                 "template": "lowbit", "source": row["source"], "shape": {**row["shape"], "N": r["tokens"]},
                 "dtype": r["scheme"], "config": row["config"], "us": row["us"], "device": results["device"],
@@ -358,7 +389,7 @@ def main() -> None:
     ][: args.cases]  # fmt: skip
     plan = {job: variants(*job)[: args.limit] for job in wanted}
     for (_, shape, _), tried in plan.items():
-        if not shape.name.endswith("-alone"):
+        if shape.name in SHAPES and not shape.ordered:
             tried += [v for v in (_without(w) for w in tried[:3]) if v not in tried]
     if args.only == "compile" or args.compile:
         seconds = args.compile or 60 * args.minutes

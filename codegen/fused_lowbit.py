@@ -10,13 +10,14 @@ from torch import fx
 
 from llmopt.codegen.fused_region import Argument, FusedRegion, call_of, config_of, dtype_of, type_of
 from llmopt.codegen.kernel import Buffer, Prepared, Scalar
-from llmopt.codegen.lowbit_layout import ROWS, constants, lay
+from llmopt.codegen.lowbit_layout import ROWS, constants, in_order, lay
 from llmopt.codegen.printer import TYPES
 from llmopt.compiler.emittable import argument, weight_of
 from llmopt.compiler.errors import EmitError
 from llmopt.compiler.quant.schemes import Scheme, scheme_of
 from llmopt.compiler.quant.storage import types_of
 
+aten = torch.ops.aten
 _RESULTS = {"w": "words", "scales": "scales", "factor": "factor"}  # of `lay`, by the kernels' names of them
 
 
@@ -36,6 +37,28 @@ def laid_weight(region: FusedRegion, product: fx.Node) -> tuple[list[Argument], 
         (name, types[of], None if types[of] is None else f"{place}.{of}") for name, of in _RESULTS.items()
     ]
     return given, {**constants(kind)}
+
+
+def ordered_operand(region: FusedRegion, product: fx.Node) -> fx.Node:
+    """The product's operand in the order that wgmma wants, made by a kernel added here."""
+    x: Any = product.args[0]
+    parts, order = in_order(scheme_of(scheme(product)))
+    *rows, _ = x.meta["val"].shape
+    blocks = [*rows, -1, *parts]
+    axes = [*range(len(rows) + 1), *(len(rows) + 1 + axis for axis in order)]
+    value = x.meta["val"]
+    with region.graph.fx.inserting_before(product):
+        for op, argument in (
+            (aten.view.default, blocks),
+            (aten.permute.default, axes),
+            (aten.reshape.default, [*value.shape]),
+        ):
+            x = region.graph.fx.call_function(op, (x, argument))
+            value = x.meta["val"] = op(value, argument)
+    place = region.temporary(region.buffer(x))
+    region.rows({x: place}, region.tokens(product))
+    region.stored[x] = place
+    return x  # type: ignore[no-any-return]
 
 
 def check_parts(product: fx.Node, offsets: tuple[int, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from llmopt.codegen.emit import epilogue_hook, load_g_hook, load_x_hook, per_token
-from llmopt.codegen.fused_lowbit import check_parts, columns, decoded_weight, laid_weight, scheme
+from llmopt.codegen.fused_lowbit import check_parts, columns, decoded_weight, laid_weight, ordered_operand, scheme
 from llmopt.codegen.fused_region import (
     Argument,
     FusedRegion,
@@ -34,19 +34,23 @@ def product(region: FusedRegion, tokens: int) -> None:
         region.calls.append(_kernel(region, linear, tokens))
     except EmitError as error:
         region.notes.append(f"torch multiplies, between kernels over rows: {error}")
-        del region.temporaries[:], region.prepared[:]
+        del region.calls[:], region.temporaries[:], region.prepared[:]
         many_product(region)
 
 
 def _kernel(region: FusedRegion, linear: fx.Node, tokens: int) -> Call:
     result = region.result()
     x, norm = _operand(linear)
+    sizes = {"K": columns(linear), "N": tokens, "NORM": int(norm is not None)}
+    if op_name(linear) == "quantized_linear":
+        sizes["ORDERED"] = int(template_of("lowbit:lowbit").ordered(sizes, scheme(linear), region.target))
+        if sizes["ORDERED"]:
+            sizes["NORM"], x, norm = 0, ordered_operand(region, linear), None
     operands = Operands()
     load_x = load_x_hook(operands, x, region.stored)
     load_g = load_g_hook(operands, norm, region.stored) if norm is not None else None
     epilogue, offsets = epilogue_hook(operands, result, linear, region.stored)
-    sizes = {"K": columns(linear), "J": per_token(result), "PARTS": len(offsets), "N": tokens}
-    sizes["NORM"] = int(norm is not None)
+    sizes.update(J=per_token(result), PARTS=len(offsets))
     template, kind, weight, told = _weight(region, linear, tokens, offsets)
     config = config_of(region, template, sizes, kind)
     arguments: list[Argument] = [
@@ -59,7 +63,7 @@ def _kernel(region: FusedRegion, linear: fx.Node, tokens: int) -> Call:
         arguments += _scratch(region, template, sizes, config)
     constants: dict[str, Scalar] = {
         **told,
-        **{k: sizes[k] for k in ("K", "J", "PARTS", "NORM")},
+        **{k: size for k, size in sizes.items() if k != "N"},
         "OFFSET0": offsets[0],
         "OFFSET1": offsets[-1],
         "EPS": 0.0 if norm is None else float(norm.args[2]),  # type: ignore[arg-type]

@@ -63,6 +63,11 @@ def own(scheme: Scheme) -> int:
     return scheme.group if side(scheme) == "weights" else 8
 
 
+def in_order(scheme: Scheme) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How wgmma takes columns of x: in blocks of 4 * own that have this shape, their axes permuted like this."""
+    return (4, own(scheme) // 8, 2, 2, 2), (1, 2, 3, 0, 4)
+
+
 def constants(scheme: Scheme) -> dict[str, str | int]:
     """What the template `lowbit` is told of the scheme."""
     where = side(scheme)

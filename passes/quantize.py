@@ -73,6 +73,8 @@ class Quantize(Pass):
             for node in list(graph.calls("linear")):
                 scheme = self.lm_head if node is head else schemes.get(_weight_name(node), weights)
                 why = self._against(node, program, scheme, node is head)
+                if why is None and stats.figures.get(_weight_name(node), {}).get("scheme", scheme) != scheme:
+                    why = "another product keeps its weight in another scheme"
                 if why is not None:
                     stats.rejected["quantize", why] += 1
                 elif context.rewrites_left != 0:
@@ -100,9 +102,9 @@ class Quantize(Pass):
     def _mixed(self, program: Program, maker: Maker, stats: PassStats) -> dict[str, str]:
         graph = program.graph("forward")
         head = _head(graph)
-        able = {_weight_name(n): "" for n in graph.calls("linear")
-                if n is not head and self._against(n, program, PLAIN, False) is None}  # fmt: skip
-        schemes, costs = mixed(program, able, self.choices, self.bits, maker)
+        able = [n for n in graph.calls("linear") if n is not head and self._against(n, program, PLAIN, False) is None]
+        names = dict.fromkeys(map(_weight_name, able))  # once each, in order
+        schemes, costs = mixed(program, names, self.choices, self.bits, maker)
         for name, scheme in schemes.items():
             stats.figures[name] = {"cost": costs[name][scheme]}
         return {name: "" if scheme == PLAIN else scheme for name, scheme in schemes.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,7 +73,7 @@ def store(program: Program, name: str, scheme: str, maker: Maker, figures: dict[
 
 
 def mixed(
-    program: Program, names: Mapping[str, str], choices: tuple[str, ...], bits: float, maker: Maker
+    program: Program, names: Collection[str], choices: tuple[str, ...], bits: float, maker: Maker
 ) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
     """Schemes for the weights `names` (PLAIN: left as it is) of at most `bits` bits a weight on average, and the costs
     they were chosen by: the relative error of a product with the calibration tokens, its channels taken as independent,
@@ -91,11 +92,6 @@ def mixed(
             costs[name][scheme] = float((lost.double().square() * importance).sum()) / energy
             parts = types_of(scheme_of(scheme), *source.shape)
             parts.pop("global_scale", None)  # one number a matrix is no bits a weight
-            sizes[name][scheme] = sum(8 * shape_bytes(*part) for part in parts.values())
+            sizes[name][scheme] = sum(8 * math.prod(shape) * dtype.itemsize for shape, dtype in parts.values())
     count = sum(program.weights[name].shape[0] * program.weights[name].shape[1] for name in names)
     return allocate(costs, sizes, int(bits * count)), costs
-
-
-def shape_bytes(shape: tuple[int, ...], dtype: Any) -> int:
-    """Bytes of a tensor."""
-    return Weight(shape, dtype, lambda: None).nbytes  # type: ignore[arg-type, return-value]

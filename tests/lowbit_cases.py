@@ -14,7 +14,7 @@ from interpreted import rounding
 from torch import Tensor
 
 from llmopt.codegen.kernel import Kernel
-from llmopt.codegen.lowbit_layout import Laid, constants, lay
+from llmopt.codegen.lowbit_layout import Laid, constants, in_order, lay
 from llmopt.compiler.quant.quantize import quantize
 from llmopt.compiler.quant.schemes import SCHEMES
 
@@ -30,10 +30,11 @@ class Case:
     norm: int = 0
     added: bool = False
     skip: int = 0
+    ordered: int = 0
 
     def sizes(self, tokens: int) -> dict[str, int]:
         """What the template's `configs` reads."""
-        return {"K": self.K, "J": self.J, "PARTS": self.parts, "NORM": self.norm, "N": tokens}
+        return {"K": self.K, "J": self.J, "PARTS": self.parts, "NORM": self.norm, "ORDERED": self.ordered, "N": tokens}
 
     def kernel(self, config: Mapping[str, Any], pdl: bool = False) -> Kernel:
         """Parameters without a tensor are constants of None."""
@@ -47,7 +48,8 @@ class Case:
         absent = ["scales", "factor", "e1", "e2", "e3", "e4", "e5", "tickets", "partial"]
         fixed = {
             **{name: None for name in absent if name not in dict(types)}, **of_scheme, "K": self.K, "J": self.J,
-            "OFFSET0": self.skip, "OFFSET1": self.skip + self.J, "PARTS": self.parts, "NORM": self.norm, "EPS": EPS,
+            "OFFSET0": self.skip, "OFFSET1": self.skip + self.J, "PARTS": self.parts, "NORM": self.norm,
+            "ORDERED": self.ordered, "EPS": EPS,
             **config, "PDL": pdl,
         }  # fmt: skip
         hooks = {"LOAD_X": "load_x", "EPILOGUE": "gated" if self.parts == 2 else "added" if self.added else "plain"}
@@ -124,7 +126,11 @@ class Data:
             tickets, partial = lowbit.scratch(sizes, config)
             scratch = [torch.zeros(tickets, dtype=torch.int32), torch.full((partial,), torch.nan)]
         weights = [t for t in (self.laid.words, self.laid.scales, self.laid.factor) if t is not None]
-        args = [self.x, *[self.g] * case.norm, *[self.residual, self.bias] * case.added, tokens, *scratch]
+        x = self.x
+        if case.ordered:
+            parts, axes = in_order(SCHEMES[case.scheme])
+            x = x.unflatten(-1, (-1, *parts)).permute(0, 1, *(2 + axis for axis in axes)).flatten(1).contiguous()
+        args = [x, *[self.g] * case.norm, *[self.residual, self.bias] * case.added, tokens, *scratch]
         grid = tuple(int(size) for size in lowbit.grid(sizes, config))
         for _ in range(calls):
             y = torch.full((tokens, case.J), torch.nan, dtype=torch.bfloat16)

@@ -29,6 +29,7 @@ from llmopt.codegen.templates.lowbit_tile import (
     placed,
 )
 from llmopt.codegen.templates.paged import drain
+from llmopt.compiler.emittable import LONGEST_ROW
 from llmopt.compiler.quant.schemes import SCHEMES
 from llmopt.compiler.target import Target
 
@@ -48,7 +49,7 @@ def _part(
         put = load_byte_scales(scales, stripe, first, SCALE, KP, BATCH * BLOCK_K, OWN, END)
     elif SIDE == "sums":
         GROUPS: tl.constexpr = BATCH  # type: ignore[no-redef]
-        word, factor = load_group_scales(scales, stripe, first, SCALE, GROUP, KP, BATCH, END)
+        word, factor = load_group_scales(scales, stripe, first, SCALE, GROUP, KP, BATCH, WIDE, END)
         put = (word & 65535) * 65537 if SCALE == "zeros" else constant_operand(word, ELEMENT)
         factor = tl.reshape(factor, [BATCH, S * 16, 1] if BATCH > 1 else [S * 16, 1])
     else:
@@ -58,7 +59,7 @@ def _part(
 
 
 @triton.jit
-def _product(a, x, acc, factor, SIDE: tl.constexpr, SLICES: tl.constexpr, DRAIN: tl.constexpr):
+def _product(a, x, acc, factor, SIDE: tl.constexpr, SLICES: tl.constexpr, WIDE: tl.constexpr):
     # a [BATCH, R, K], x [BATCH, K, M] or both without BATCH; acc [R, M], or with more than one slice [SLICES, R, M]
     if INTERPRETED:  # which would multiply the integers that it keeps bf16 in
         a = a.to(tl.float32)
@@ -71,7 +72,7 @@ def _product(a, x, acc, factor, SIDE: tl.constexpr, SLICES: tl.constexpr, DRAIN:
         acc += part
     else:
         acc = tl.dot(a, x, acc, input_precision="ieee")
-    if DRAIN:  # the product reads the weights from registers while it runs
+    if WIDE and not INTERPRETED:  # the product reads the weights from registers while it runs
         drain()
     return acc
 
@@ -111,9 +112,9 @@ def lowbit(  # noqa: C901
     w, scales, factor, y, e0, e1, e2, e3, e4, e5, N, tickets, partial,
     ELEMENT: tl.constexpr, SIDE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, FACTORS: tl.constexpr,
     K: tl.constexpr, J: tl.constexpr, OFFSET0: tl.constexpr, OFFSET1: tl.constexpr, PARTS: tl.constexpr,
-    NORM: tl.constexpr, EPS: tl.constexpr, LOAD_X: tl.constexpr, LOAD_G: tl.constexpr, EPILOGUE: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, SLICES: tl.constexpr, UNROLL: tl.constexpr,
-    SPLIT_K: tl.constexpr, WIDE: tl.constexpr, DRAIN: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, ORDERED: tl.constexpr, EPS: tl.constexpr, LOAD_X: tl.constexpr, LOAD_G: tl.constexpr,
+    EPILOGUE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, SLICES: tl.constexpr,
+    UNROLL: tl.constexpr, SPLIT_K: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[m, j] = EPILOGUE of row OFFSET0 + j (and OFFSET1 + j) of W [F, K] with X[m], m < N <= max(BLOCK_M, 8).
 
@@ -123,7 +124,8 @@ def lowbit(  # noqa: C901
     BLOCK_M 1: the one token is loaded once for all eight columns. A step is of SLICES * UNROLL times BLOCK_K columns,
     which SLICES warps share; UNROLL is 1 unless SIDE is "sums". Grid (cdiv(J, BLOCK_J), SPLIT_K). With SPLIT_K > 1:
     tickets i32 [cdiv(J, BLOCK_J)], zero before and after, partial fp32 [cdiv(J, BLOCK_J) * SPLIT_K * (PARTS * BLOCK_J +
-    NORM) * max(BLOCK_M, 8)]. WIDE: wgmma; DRAIN: its products of a step end before the next step's weights are made.
+    NORM) * max(BLOCK_M, 8)]. WIDE: wgmma, whose products of a step end before the next step's weights are made; then
+    ORDERED says that LOAD_X's columns stand as `lowbit_layout.in_order` puts them.
     """
     OWN: tl.constexpr = GROUP if SIDE == "weights" else 8
     KP: tl.constexpr = (K + 255) // 256 * 256
@@ -170,12 +172,14 @@ def lowbit(  # noqa: C901
         if NORM:
             squares += _squares(x)
             x = x * LOAD_G(k, whole, e0, e1, e2, e3, e4, e5)
-        x = in_order(x.to(tl.bfloat16), OWN, BATCH, BLOCK_K, WIDE)
+        x = x.to(tl.bfloat16)
+        # in order no thread touches it: it is copied to where wgmma reads it
+        x = tl.trans(x) if ORDERED else in_order(x, OWN, BATCH, BLOCK_K, WIDE)
         if BLOCK_M < 8:
             x = tl.broadcast_to(x, [BLOCK_K, COLUMNS] if BATCH == 1 else [BATCH, BLOCK_K, COLUMNS])
-        acc0 = _product(a0, x, acc0, f0, SIDE, SLICES, DRAIN)
+        acc0 = _product(a0, x, acc0, f0, SIDE, SLICES, WIDE)
         if PARTS == 2:
-            acc1 = _product(a1, x, acc1, f1, SIDE, SLICES, DRAIN)
+            acc1 = _product(a1, x, acc1, f1, SIDE, SLICES, WIDE)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     square = tl.sum(squares, axis=1)
@@ -233,8 +237,16 @@ def scratch(shape: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int, i
     return tiles, tiles * config["SPLIT_K"] * rows * max(8, config["BLOCK_M"])
 
 
+def ordered(shape: Mapping[str, int], scheme: str, target: Target) -> bool:
+    """Is x, with its norm, worth a kernel of its own that writes it in the order in which wgmma takes its columns?"""
+    kind = SCHEMES[scheme]
+    whole = shape["K"] % (4 * own(kind)) == 0 and shape["K"] <= LONGEST_ROW
+    fits = whole and (side(kind) != "sums" or kind.group >= _LEAST)
+    return fits and "wgmma" in target.features and shape["N"] > (16 if shape["NORM"] else 32)
+
+
 def supports(shape: Mapping[str, int], scheme: str, target: Target) -> str | None:
-    """None if this template takes the product, else the reason why not. `shape`: K, J, PARTS, NORM, N (tokens)."""
+    """None if this template takes the product, else the reason why not. `shape`: K, J, PARTS, NORM, ORDERED, N."""
     if "triton" not in target.features:
         return "the target has no Triton"
     if shape["N"] > 64:
@@ -246,39 +258,43 @@ def supports(shape: Mapping[str, int], scheme: str, target: Target) -> str | Non
 
 def configs(shape: Mapping[str, int], scheme: str, target: Target) -> list[dict[str, Any]]:
     """Constants worth trying, the default first; `scheme` by name."""
-    tokens, wide = shape["N"], "wgmma" in target.features
-    tiles = list(_narrow(shape, target.cores))
-    if tokens > 8 and wide:
+    tiles = [] if shape["ORDERED"] else list(_narrow(shape, target.cores))
+    if shape["N"] > 8 and "wgmma" in target.features:
         tiles = [*_wide(shape, target.cores), *tiles]
     found = [_config(shape, scheme, *tile) for tile in tiles]
     fitting = [c for c in found if c is not None and _room(c, shape, scheme) <= target.shared_bytes - 4096]
     return list({repr(c): c for c in fitting}.values())
 
 
+_LEAST = 64  # columns of a wgmma's step
 _Tile = tuple[int, int, int, int, int, int]  # rows in all, columns a slice, slices, splits, stages, warps of a wgmma
 
 
 def _narrow(shape: Mapping[str, int], cores: int) -> Iterator[_Tile]:
     """For mma: small programs, of one warp where there are rows enough, else of warps along K."""
     few = shape["J"] * shape["PARTS"] < 96 * cores
-    alone = [(32, 256, 1, 1, 3, 0), (32, 256, 1, 1, 4, 0), (32, 128, 1, 1, 4, 0), (32, 512, 1, 1, 2, 0),
-             (64, 256, 1, 1, 3, 0), (32, 128, 2, 1, 3, 0), (32, 256, 2, 1, 3, 0)]  # fmt: skip
-    along = [(16, 256, 4, 1, 3, 0), (16, 128, 4, 1, 3, 0), (16, 128, 4, 1, 4, 0), (16, 256, 4, 1, 2, 0),
-             (32, 128, 4, 1, 3, 0), (32, 256, 4, 1, 2, 0), (16, 256, 2, 1, 3, 0), (16, 512, 4, 1, 2, 0),
-             (16, 128, 8, 1, 3, 0)]  # fmt: skip
-    yield from [*along, *alone] if few else [*alone, *along]
-    if few:
-        yield from [(32, 256, 1, 2, 3, 0), (32, 256, 1, 4, 3, 0), (32, 128, 4, 2, 3, 0)]
+    alone = [(32, 256, 1, 1, 3, 0), (32, 256, 1, 1, 4, 0), (32, 128, 1, 1, 4, 0), (64, 256, 1, 1, 3, 0),
+             (32, 256, 2, 1, 3, 0), (32, 128, 2, 1, 3, 0)]  # fmt: skip
+    along = [(16, 256, 4, 1, 3, 0), (16, 128, 4, 1, 3, 0), (16, 128, 4, 1, 4, 0), (32, 128, 4, 1, 3, 0),
+             (16, 256, 2, 1, 3, 0), (32, 256, 4, 1, 2, 0), (16, 512, 4, 1, 2, 0)]  # fmt: skip
+    split = [(32, 256, 1, 2, 3, 0), (32, 256, 1, 4, 3, 0)]
+    yield from [*along, *split, *alone[:3]] if few else [*alone, *along[3:6]]
+    yield from [(32, 256, 1, 1, 2, 0), (32, 128, 1, 1, 2, 0)]  # where memory is short
 
 
 def _wide(shape: Mapping[str, int], cores: int) -> Iterator[_Tile]:
-    """For wgmma: four warps, whose tile of x is stored once for all of them."""
-    columns, stages = (128, 4) if shape["N"] > 32 else (256, 3)
+    """For wgmma: groups of four warps, which share the tile of x. About two programs a core are best."""
     few = shape["J"] * shape["PARTS"] < 96 * cores
-    first = [(128, columns, 1, 1, stages, 4), (64, columns, 1, 1, stages, 4)]
-    others = [(128, 384 - columns, 1, 1, 3, 4), (64, 384 - columns, 1, 1, 4, 4), (128, columns, 1, 1, stages - 1, 4)]
-    splits = [(64, columns, 1, split, stages, 4) for split in (7, 4, 2, 8, 14)]
-    yield from [*splits, *first, *others] if few else [*first, *others]
+    for rows, most in ((64, 3), (128, 1)) if few and shape["PARTS"] == 1 else ((128, 2), (64, 1)):
+        tiles = -(-shape["J"] * shape["PARTS"] // rows)
+        splits = sorted((2, 4, 7, 8, 14, 16), key=lambda s: abs(tiles * s - 2 * cores))
+        alone = 2 * tiles > cores  # else there would be too few programs, unless nothing divides K
+        for split in [1, *splits[: most - 1]] if alone else [*splits[:most], 1]:
+            yield from [(rows, 128, 1, split, 4, 4), (rows, 256, 1, split, 3, 4)]
+            if shape["N"] > 32:
+                yield (rows, 256, 1, split, 2, 4)
+            if rows == 128:
+                yield (rows, 128, 1, split, 4, 8)
 
 
 def _config(
@@ -294,7 +310,7 @@ def _config(
     least = 8 * own(kind) if side(kind) == "weights" else 32
     rows //= shape["PARTS"]
     shared = columns if slices > 1 else step  # a word of scales stays within a warp
-    if rows < 16 or shared % least or (warps and (columns < 64 or rows < 64)):
+    if rows < 16 or shared % least or (warps and (columns < _LEAST or rows < 64)):
         return None
     if split > 1 and (in_all % (step * split) or in_all < 2 * step * split):
         return None
@@ -303,7 +319,7 @@ def _config(
     block_m = 1 if shape["N"] == 1 else max(8, triton.next_power_of_2(shape["N"]))
     return {
         "BLOCK_J": rows, "BLOCK_K": columns, "BLOCK_M": block_m, "SLICES": slices, "UNROLL": unroll, "SPLIT_K": split,
-        "WIDE": int(warps > 0), "DRAIN": int(warps > 0), "num_warps": warps or slices, "num_stages": stages,
+        "WIDE": int(warps > 0), "num_warps": warps or slices, "num_stages": stages,
     }  # fmt: skip
 
 

@@ -97,16 +97,20 @@ def load_byte_scales(s, stripe, first, KIND: tl.constexpr, KP: tl.constexpr, COU
 @triton.jit
 def load_group_scales(
     s, stripe, first, SCALE: tl.constexpr, GROUP: tl.constexpr, KP: tl.constexpr, GROUPS: tl.constexpr,
-    END: tl.constexpr,
+    WIDE: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     """(the word beside a row's group, int32 [S, 2, 8, GROUPS, 1, 1] as the words of the weights are placed; the scale,
     fp32 [GROUPS, S, 2, 8]), for groups from column `first` on. A word of bfloat16 scales serves rows g and g + 8."""
     S: tl.constexpr = stripe.shape[0]
     WORDS: tl.constexpr = 8 if SCALE == "bfloat16" else 16
     group = first // GROUP + tl.arange(0, GROUPS)[None, :, None]
-    # a word for each row, even where two rows share one: what has fewer elements than threads is not loaded ahead
-    row = tl.arange(0, 16)[None, None, :]
+    # a word for each row, even where two rows share one, and each twice for four warps that have few rows: what has
+    # fewer elements than there are threads is not loaded ahead
+    TWICE: tl.constexpr = WIDE and stripe.shape[0] * GROUPS < 8
+    row = tl.arange(0, 32)[None, None, :] // 2 if TWICE else tl.arange(0, 16)[None, None, :]
     word = _load(s + stripe[:, None, None] * (KP // GROUP * WORDS) + group * WORDS + row % WORDS, group * GROUP, END)
+    if TWICE:
+        word, _ = tl.split(tl.reshape(word, [S, GROUPS, 16, 2]))
     word = tl.permute(tl.reshape(word, [S, GROUPS, 2, 8]), 0, 2, 3, 1)
     scale = word
     if SCALE == "bfloat16":

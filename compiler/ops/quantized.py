@@ -35,19 +35,10 @@ def quantized_linear(
 
 
 @quantized_linear.cost
-def _cost(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    global_scale: Tensor | None,
-    zero_points: Tensor | None,
-    bias: Tensor | None,
-    scheme: str,
-    activations: str = "",
-) -> Cost:
+def _cost(x: Tensor, packed: Tensor, *others: Any) -> Cost:
     n, k = packed.shape[0], x.shape[-1]
     rows = x.numel() // k
-    moved = nbytes(x, packed, scales, global_scale, zero_points, bias)
+    moved = nbytes(x, packed, *others)
     return Cost(2 * rows * n * k, moved + rows * n * x.element_size())
 
 
@@ -91,9 +82,7 @@ rounded_linear.traceable = False
 
 
 @rounded_linear.fake
-def _rounded_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scheme: str, activations: str = "", scale: str = "search"
-) -> Tensor:
+def _rounded_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

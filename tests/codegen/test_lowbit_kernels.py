@@ -17,7 +17,7 @@ from llmopt.compiler.target import Target
 pytestmark = pytest.mark.interp
 
 BASE = {
-    "BLOCK_J": 32, "BLOCK_K": 256, "BLOCK_M": 8, "SLICES": 1, "UNROLL": 1, "SPLIT_K": 1, "WIDE": 0, "DRAIN": 0,
+    "BLOCK_J": 32, "BLOCK_K": 256, "BLOCK_M": 8, "SLICES": 1, "UNROLL": 1, "SPLIT_K": 1, "WIDE": 0,
     "num_warps": 1, "num_stages": 3,
 }  # fmt: skip
 
@@ -51,6 +51,16 @@ def test_any_number_of_tokens_in_the_order_of_both_instructions(scheme: str, tok
     case = Case(scheme, 256, 64, norm=1, added=True)
     data = Data.of(case, tokens)
     changed = {"BLOCK_J": 64, "BLOCK_M": width, "WIDE": int(tokens > 8)}
+    if side(SCHEMES[scheme]) == "sums":
+        changed["UNROLL"] = 1
+    right(data, data.run(config(case, **changed)))
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp6_e3m2", "int4_g128", "int8"])
+def test_tokens_may_come_in_the_order_of_wgmma(scheme: str) -> None:
+    case = Case(scheme, 512, 64, added=True, ordered=1)
+    data = Data.of(case, 33)
+    changed = {"BLOCK_J": 64, "BLOCK_M": 64, "WIDE": 1}
     if side(SCHEMES[scheme]) == "sums":
         changed["UNROLL"] = 1
     right(data, data.run(config(case, **changed)))
