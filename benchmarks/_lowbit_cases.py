@@ -165,7 +165,7 @@ class Variant:
             return None
         source = _ORDER.format(block=4 * width, own=width, K=s.K, stride=s.stride or s.K)
         absent = dict.fromkeys([*(f"e{i}" for i in range(1, 8)), "o1", "o2", "o3"])
-        fixed = {**absent, "ROWS_PER_TOKEN": 1, "ROWS": 1, "BLOCK": ORDERED_AT_ONCE, "PDL": self.pdl}
+        fixed = {**absent, "ROWS_PER_TOKEN": 1, "ROWS": 1, "BLOCK": ORDERED_AT_ONCE, "EARLY": 1, "PDL": self.pdl}
         types = ("e0", "*bf16"), ("o0", "*bf16"), ("N", "i32")
         return Kernel("rows:rows", types, tuple(fixed.items()), (("BODY", "order"),), source, 2, pdl=bool(self.pdl))
 

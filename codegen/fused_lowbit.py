@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -43,20 +44,19 @@ def ordered_operand(region: FusedRegion, product: fx.Node) -> fx.Node:
     """The product's operand in the order that wgmma wants, made by a kernel added here."""
     x: Any = product.args[0]
     parts, order = in_order(scheme_of(scheme(product)))
-    *rows, _ = x.meta["val"].shape
-    blocks = [*rows, -1, *parts]
-    axes = [*range(len(rows) + 1), *(len(rows) + 1 + axis for axis in order)]
-    value = x.meta["val"]
+    value, last = x.meta["val"], x.meta["val"].dim() - 1
+    axes = [*range(last + 1), *(last + 1 + axis for axis in order)]
+    steps = (
+        (aten.unflatten.int, (last, [columns(product) // math.prod(parts), *parts])),
+        (aten.permute.default, (axes,)),
+        (aten.flatten.using_ints, (last,)),
+    )
     with region.graph.fx.inserting_before(product):
-        for op, argument in (
-            (aten.view.default, blocks),
-            (aten.permute.default, axes),
-            (aten.reshape.default, [*value.shape]),
-        ):
-            x = region.graph.fx.call_function(op, (x, argument))
-            value = x.meta["val"] = op(value, argument)
+        for op, arguments in steps:
+            x, value = region.graph.fx.call_function(op, (x, *arguments)), op(value, *arguments)
+            x.meta["val"] = value
     place = region.temporary(region.buffer(x))
-    region.rows({x: place}, region.tokens(product))
+    region.rows({x: place}, region.tokens(product), early=True)
     region.stored[x] = place
     return x  # type: ignore[no-any-return]
 

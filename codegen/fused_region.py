@@ -93,9 +93,15 @@ class FusedRegion:
         """May a kernel start before the one ahead of it has ended?"""
         return "pdl" in self.target.features
 
-    def rows(self, outputs: Mapping[fx.Node, str], tokens: Size, by_token: tuple[fx.Node, ...] = ()) -> None:
-        """Add kernels over rows that write these nodes."""
-        self.calls += rows_calls(outputs, self.stored, tokens, self.pdl, by_token)
+    def rows(
+        self,
+        outputs: Mapping[fx.Node, str],
+        tokens: Size,
+        by_token: tuple[fx.Node, ...] = (),
+        early: bool = False,
+    ) -> None:
+        """Add kernels over rows that write these nodes; see `rows_calls`."""
+        self.calls += rows_calls(outputs, self.stored, tokens, self.pdl, by_token, early)
 
 
 def config_of(region: FusedRegion, template: str, sizes: Mapping[str, int], dtype: str) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def rows_calls(
     tokens: Size = "N",
     pdl: bool = False,
     by_token: Collection[fx.Node] = (),
+    early: bool = False,
 ) -> list[Call]:
     """The calls that compute `outputs` from `stored`: one kernel for all outputs that can share rows.
 
@@ -59,6 +60,7 @@ def rows_calls(
     may be an output: then its value is scattered into the pages, and the argument is that of the pages (`in5`).
     Those in `by_token` are written token by token: q [1, Hq, N, D] as [N, Hq, D].
     `stored`: node -> argument (`in0`, `tmp0`) of what lies in memory; the walk from the outputs stops there.
+    `early`: the kernel behind them may start while they run.
     `tokens` is the size behind the one symbolic axis of the nodes ("N", or "R" behind the selection of rows).
     Raises EmitError with the reason if a node cannot be printed.
     """
@@ -72,7 +74,7 @@ def rows_calls(
         else:
             kernels.append(shape)
             shape.outputs.append(node)
-    return [_call(kernel, outputs, stored, tokens, pdl, by_token) for kernel in kernels]
+    return [_call(kernel, outputs, stored, tokens, pdl, by_token, early) for kernel in kernels]
 
 
 def written(output: fx.Node) -> fx.Node:
@@ -144,6 +146,7 @@ def _call(
     tokens: Size,
     pdl: bool,
     by_token: Collection[fx.Node],
+    early: bool,
 ) -> Call:
     operands = Operands(OPERANDS["rows"])
     body = _body(kernel, operands, stored, by_token)
@@ -159,6 +162,7 @@ def _call(
             ("ROWS_PER_TOKEN", kernel.rows),
             ("ROWS", rows),
             ("BLOCK", block),
+            ("EARLY", early),
             ("PDL", pdl),
         ),
         hooks=(("BODY", body.name),),

@@ -46,7 +46,7 @@ def _part(
     factor = 0.0  # none
     if SIDE == "weights":
         GROUPS: tl.constexpr = BATCH * BLOCK_K // (4 * OWN)
-        put = load_byte_scales(scales, stripe, first, SCALE, KP, BATCH * BLOCK_K, OWN, END)
+        put = load_byte_scales(scales, stripe, first, SCALE, KP, BATCH, BLOCK_K, OWN, END)
     elif SIDE == "sums":
         GROUPS: tl.constexpr = BATCH  # type: ignore[no-redef]
         word, factor = load_group_scales(scales, stripe, first, SCALE, GROUP, KP, BATCH, WIDE, END)
@@ -133,7 +133,7 @@ def lowbit(  # noqa: C901
     SPAN: tl.constexpr = BATCH * BLOCK_K
     STEPS: tl.constexpr = (KP + SPAN * SPLIT_K - 1) // (SPAN * SPLIT_K)
     END: tl.constexpr = None if KP % (SPAN * SPLIT_K) == 0 else KP
-    MASKED: tl.constexpr = K % (SPAN * SPLIT_K) != 0
+    MASKED: tl.constexpr = K != STEPS * SPAN * SPLIT_K
     COLUMNS: tl.constexpr = max(BLOCK_M, 8)
     S: tl.constexpr = BLOCK_J // 16
     first = tl.program_id(0) * BLOCK_J
@@ -242,7 +242,7 @@ def ordered(shape: Mapping[str, int], scheme: str, target: Target) -> bool:
     kind = SCHEMES[scheme]
     whole = shape["K"] % (4 * own(kind)) == 0 and shape["K"] <= LONGEST_ROW
     fits = whole and (side(kind) != "sums" or kind.group >= _LEAST)
-    return fits and "wgmma" in target.features and shape["N"] > (16 if shape["NORM"] else 32)
+    return fits and "wgmma" in target.features and shape["N"] > (8 if shape["NORM"] else 32)
 
 
 def supports(shape: Mapping[str, int], scheme: str, target: Target) -> str | None:
@@ -307,10 +307,10 @@ def _config(
     if side(kind) == "sums":
         columns, unroll = kind.group, 1 if warps else max(1, columns // kind.group)
     step = columns * slices * unroll
-    least = 8 * own(kind) if side(kind) == "weights" else 32
+    least = 4 * own(kind)  # columns of a lane's own, in four lanes
+    uneven = side(kind) == "weights" and columns != least and columns % (2 * least)  # of a word of scales
     rows //= shape["PARTS"]
-    shared = columns if slices > 1 else step  # a word of scales stays within a warp
-    if rows < 16 or shared % least or (warps and (columns < _LEAST or rows < 64)):
+    if rows < 16 or columns % least or uneven or (warps and (columns < _LEAST or rows < 64)):
         return None
     if split > 1 and (in_all % (step * split) or in_all < 2 * step * split):
         return None

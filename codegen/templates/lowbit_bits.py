@@ -115,13 +115,13 @@ def _or(terms: tuple[Term, ...], words: list[str], to: str, onto: str | None = N
     return text
 
 
-def spread_scales(kind: str) -> str:
-    """PTX: four pairs of bf16 of the four bytes of a word of scales: e8m0, or the five-bit exponents and three-bit
+def spread_scales(kind: str, count: int) -> str:
+    """PTX: pairs of bf16 of the lowest `count` bytes of a word of scales: e8m0, or the five-bit exponents and three-bit
     mantissas that stand for E4M3; the exponent's distance to a float's is `lowbit_layout`'s business."""
     factor, term = (0x00100010, 0x75807580) if kind == "e4m3" else (0x00800080, 0)
     text = ["{ .reg .b32 b;"]
-    for byte in range(4):
-        text += [f"prmt.b32 b, $4, 0, 0x444{byte};", f"mad.lo.u32 ${byte}, b, {factor:#x}, {term:#x};"]
+    for byte in range(count):
+        text += [f"prmt.b32 b, ${count}, 0, 0x444{byte};", f"mad.lo.u32 ${byte}, b, {factor:#x}, {term:#x};"]
     return "\n".join([*text, "}"])
 
 
@@ -130,5 +130,5 @@ TAKES_OUT = {
     element: (takes_out(element), ",".join(["=h"] * bits.values + ["r"] * (bits.planes + 1)))
     for element, bits in BITS.items()
 }
-SPREADS = {kind: spread_scales(kind) for kind in ("e4m3", "e8m0")}
+SPREADS = {(kind, count): spread_scales(kind, count) for kind in ("e4m3", "e8m0") for count in (2, 4)}
 CONSTANTS = {e: LESS_136 if e == "int4" else 0 if e == "int8" else multiplier(e) for e in BITS}

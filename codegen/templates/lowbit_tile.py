@@ -21,9 +21,9 @@ def asm_of(element):
 
 
 @triton.constexpr_function
-def asm_of_scales(kind):
-    """Text that makes four bf16 pairs of a word of scales."""
-    return SPREADS[kind]
+def asm_of_scales(kind, count):
+    """Text that makes so many bf16 pairs of a word of scales."""
+    return SPREADS[kind, count]
 
 
 @triton.constexpr_function
@@ -76,22 +76,37 @@ def placed(words, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def load_byte_scales(s, stripe, first, KIND: tl.constexpr, KP: tl.constexpr, COUNT: tl.constexpr, OWN: tl.constexpr,
-                     END: tl.constexpr):  # fmt: skip
-    """Pairs of bf16 scales as int32 [S, 2, 8, COUNT / (4 OWN), 1, 4], for the words of `operand`."""
-    SPAN: tl.constexpr = 8 * OWN
+def load_byte_scales(s, stripe, first, KIND: tl.constexpr, KP: tl.constexpr, BATCH: tl.constexpr,
+                     BLOCK_K: tl.constexpr, OWN: tl.constexpr, END: tl.constexpr):  # fmt: skip
+    """Pairs of bf16 scales as int32 [S, 2, 8, BATCH * BLOCK_K / (4 OWN), 1, 4], for the words of `operand`."""
+    SPAN: tl.constexpr = 8 * OWN  # columns that a word of scales serves
     S: tl.constexpr = stripe.shape[0]
-    block = first // SPAN + tl.arange(0, COUNT // SPAN)[None, :, None]
-    at = s + stripe[:, None, None] * (KP // SPAN * 32) + block * 32 + tl.arange(0, 32)[None, None, :]
-    word = tl.reshape(_load(at, block * SPAN, END), [S, COUNT // SPAN, 8, 4])
-    if INTERPRETED:
-        a, b, c, d = _spread(word, KIND)
-    else:
-        a, b, c, d = tl.inline_asm_elementwise(
-            asm_of_scales(KIND), "=r,=r,=r,=r,r", [word], dtype=(tl.int32,) * 4, is_pure=True, pack=1
-        )
-    scales = tl.join(tl.join(a, c), tl.join(b, d))  # [S, blocks, g, t, half, row of the pair]
-    return tl.reshape(tl.permute(scales, 0, 5, 2, 1, 4, 3), [S, 2, 8, COUNT // SPAN * 2, 1, 4])
+    if BLOCK_K % SPAN == 0:
+        COUNT: tl.constexpr = BATCH * BLOCK_K // SPAN
+        block = first // SPAN + tl.arange(0, COUNT)[None, :, None]
+        at = s + stripe[:, None, None] * (KP // SPAN * 32) + block * 32 + tl.arange(0, 32)[None, None, :]
+        word = tl.reshape(_load(at, block * SPAN, END), [S, COUNT, 8, 4])
+        if INTERPRETED:
+            a, b = _spread(word, KIND)
+            c, d = _spread(word >> 16, KIND)
+        else:
+            a, b, c, d = tl.inline_asm_elementwise(
+                asm_of_scales(KIND, 4), "=r,=r,=r,=r,r", [word], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+            )
+        scales = tl.join(tl.join(a, c), tl.join(b, d))  # [S, blocks, g, t, half, row of the pair]
+        return tl.reshape(tl.permute(scales, 0, 5, 2, 1, 4, 3), [S, 2, 8, COUNT * 2, 1, 4])
+    else:  # half a word: its other half is another step's or another warp's, who loads it again
+        tl.static_assert(BLOCK_K == SPAN // 2)
+        half = first // BLOCK_K + tl.arange(0, BATCH)[None, :, None]
+        at = s + stripe[:, None, None] * (KP // SPAN * 32) + half // 2 * 32 + tl.arange(0, 32)[None, None, :]
+        word = tl.reshape(_load(at, half * BLOCK_K, END) >> (half % 2 * 16), [S, BATCH, 8, 4])
+        if INTERPRETED:
+            a, b = _spread(word, KIND)
+        else:
+            a, b = tl.inline_asm_elementwise(
+                asm_of_scales(KIND, 2), "=r,=r,r", [word], dtype=(tl.int32,) * 2, is_pure=True, pack=1
+            )
+        return tl.reshape(tl.permute(tl.join(a, b), 0, 4, 2, 1, 3), [S, 2, 8, BATCH, 1, 4])
 
 
 @triton.jit
@@ -211,10 +226,10 @@ def in_order(x, OWN: tl.constexpr, BATCH: tl.constexpr, COLUMNS: tl.constexpr, W
 @triton.jit
 def _spread(word, KIND: tl.constexpr):
     found = []
-    for byte in range(4):
+    for byte in range(2):
         code = (word >> (8 * byte)) & 255
         found.append((code << 4) + 0x7580 if KIND == "e4m3" else code << 7)
-    return found[0] * 65537, found[1] * 65537, found[2] * 65537, found[3] * 65537
+    return found[0] * 65537, found[1] * 65537
 
 
 @triton.jit

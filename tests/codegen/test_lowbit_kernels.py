@@ -85,6 +85,18 @@ def test_k_is_shared_among_warps_and_programs(scheme: str, slices: int, split: i
     right(data, data.run(chosen, calls=split))
 
 
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp6_e2m3", "mxfp8"])
+@pytest.mark.parametrize(("slices", "tokens"), [(1, 1), (4, 1), (1, 33)])
+def test_a_step_of_half_a_word_of_scales(scheme: str, slices: int, tokens: int) -> None:
+    case = Case(scheme, 1024 - 64, 64, norm=1)
+    data = Data.of(case, tokens)
+    half = 4 * SCHEMES[scheme].group
+    if SCHEMES[scheme].element.bits == 6:
+        half = max(half, 128)  # columns of three words
+    wide = {"BLOCK_M": 64, "BLOCK_J": 64, "WIDE": 1} if tokens > 8 else {"BLOCK_M": 1, "BLOCK_J": 16}
+    right(data, data.run(config(case, BLOCK_K=half, SLICES=slices, num_warps=slices, **wide)))
+
+
 def test_no_element_is_far_off() -> None:
     """A norm over all elements would not see one."""
     case = Case("nvfp4", 512, 64)

@@ -117,7 +117,7 @@ def test_scales_and_weights_multiply_exactly(scheme: str) -> None:
     laid = lay(packed, scales, whole, None, kind, codes.shape[1])
     assert laid.scales is not None
     assert laid.factor is not None
-    pairs = run_ptx(SPREADS[kind.scale], {4: laid.scales.long()})
+    pairs = run_ptx(SPREADS[kind.scale, 4], {4: laid.scales.long()})
     scale = torch.stack([_bf16(pairs[byte] & 0xFFFF) for byte in range(4)], -1)  # [stripe, block, g, t, 2 * half + rr]
     spread = _by_row(scale)
     values = kind.element.decode(codes).double() * 2.0 ** (BITS[kind.element.name].bias - 127)
