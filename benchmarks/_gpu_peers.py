@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 OURS = "llmopt"
 SPARE = 64  # positions a static cache has beyond the prompt
+CACHE = 8 << 30  # bytes of llmopt's, which several recipes have beside each other
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ def ours(case: Case, recipe: str = "default") -> Any:
     if key not in case.kept:
         weight = case.model.lm_head.weight
         name = str(weight.dtype).removeprefix("torch.")
-        case.kept[key] = llmopt.compile(case.model, recipe, target=weight.device.type, dtype=name)
+        room = CACHE if weight.device.type == "cuda" else None
+        case.kept[key] = llmopt.compile(case.model, recipe, target=weight.device.type, dtype=name, cache_bytes=room)
     return case.kept[key]
 
 

@@ -346,6 +346,20 @@ def _without(variant: Variant) -> Variant:
     return replace(variant, pdl=0)
 
 
+def fastest(plan: dict[Job, list[Variant]], files: list[Path]) -> dict[Job, list[Variant]]:
+    """What earlier result files found fastest, four of each case and file."""
+    known: dict[tuple[Any, ...], set[str]] = {}
+    for r in (case for path in files for case in json.loads(path.read_text())["cases"]):
+        key = r["scheme"], r["model"], r["name"], r["ordered"], r["tokens"]
+        known.setdefault(key, set()).update(row["text"] for row in r["rows"][:4])
+    return {
+        job: [
+            v for v in tried if v.text() in known.get((job[0], job[1].model, job[1].name, job[1].ordered, job[2]), ())
+        ]
+        for job, tried in plan.items()
+    }
+
+
 def accept(path: Path) -> Path:
     """Put what a result file found fastest into the shipped table."""
     from llmopt.codegen import tuning
@@ -373,6 +387,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", help="only these shapes")
     parser.add_argument("--minutes", type=float, default=3.5)
     parser.add_argument("--limit", type=int, default=None, help="variants of a case")
+    parser.add_argument("--again", type=Path, nargs="+", help="only variants among the fastest four of these files")
     parser.add_argument("--cases", type=int, default=None, help="the first so many")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--only", choices=["compile"])
@@ -389,6 +404,8 @@ def main() -> None:
         and (not args.names or job[1].name in args.names)
     ][: args.cases]  # fmt: skip
     plan = {job: variants(*job)[: args.limit] for job in wanted}
+    if args.again:
+        plan = fastest(plan, args.again)
     for (_, shape, _), tried in plan.items():
         if shape.name in SHAPES and not shape.ordered:
             tried += [v for v in (_without(w) for w in tried[:3]) if v not in tried]
