@@ -22,6 +22,7 @@ H200 = Target.parse("cuda:sm_90")
 COPIED = 400e6  # bytes of rotating weights, more than any cache holds
 FEWEST = 6  # copies, at least
 ORDERED_AT_ONCE = 1024  # columns of x
+SHAPES = ("gate_up", "down", "o", "qkv")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from _lowbit_cases import MODELS, Shape, Variant, clone, summary
+from _lowbit_cases import MODELS, Shape, Variant, clone
 
 from llmopt.codegen.lowbit_layout import Laid
 
@@ -79,7 +79,7 @@ def chain(bench: Bench, model: str, scheme: str, tokens: int, best: dict[str, Va
     graphs = {name: replace(bench.graph(run, [None], 1), launches=LAYERS) for name, run in runs.items()}
     us = bench.in_turns(graphs)
     nbytes = sum(copies[0].nbytes for copies in built.laid.values())
-    chosen = {n: summary(v) for n, v in best.items()}
+    chosen = {n: v.text() for n, v in best.items()}
     found = {"model": model, "scheme": scheme, "tokens": tokens, "bytes": nbytes, "us": us, "chosen": chosen}
     rates = ", ".join(f"{name} {value:.2f}" for name, value in us.items())
     print(f"chain {model} {scheme} N={tokens} us a layer: {rates}; {nbytes / us['pdl'] / 1e6:.2f} TB/s", flush=True)

@@ -2,7 +2,8 @@
 
     python benchmarks/lowbit_gemm.py --only compile --jobs 2          # needs no GPU: fills LLMOPT_CACHE
     python benchmarks/lowbit_gemm.py --minutes 3.5 --out lowbit.json
-    python benchmarks/lowbit_gemm.py --accept lowbit.json             # into codegen/tuned/
+    python benchmarks/lowbit_gemm.py --merge lowbit.json --out benchmarks/results/lowbit-gemm_h200.json
+    python benchmarks/lowbit_gemm.py --accept benchmarks/results/lowbit-gemm_h200.json   # into codegen/tuned/
 
 Each case (scheme, shape, tokens, x as it is or in wgmma's order) alone, most wanted first: every configuration is
 compared with an fp64 product of the exactly dequantised weights, then 300 calls back to back with the first of them,
@@ -15,13 +16,8 @@ the last wrote, in one graph. The result file is written after every case. Only 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
-import json
-import queue
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -38,6 +34,7 @@ from _lowbit_cases import (
     H200,
     MODELS,
     ORDERED_AT_ONCE,
+    SHAPES,
     Operands,
     Shape,
     Variant,
@@ -47,19 +44,19 @@ from _lowbit_cases import (
     variants,
 )
 from _lowbit_chain import chain
+from _lowbit_compile import compile_all, there
+from _lowbit_files import Job, accept, fastest, merged
 from _lowbit_peers import Bf16, TinyGemm
 
-from llmopt.codegen.cubin import cached
-from llmopt.codegen.kernel import Kernel, Launch, Launcher
+from llmopt.codegen.kernel import Launch, Launcher
 from llmopt.codegen.lowbit_layout import Laid
 from llmopt.compiler.errors import BuildError
 from llmopt.compiler.quant.schemes import SCHEMES as KINDS
 from llmopt.runtime.measure import environment, write_json
 
 CALLS = 300
+KEPT = 4  # the fastest configurations that a result file has, and the fastest without an early start
 ROUNDS = 9
-SHAPES = ("gate_up", "down", "o", "qkv")
-Job = tuple[str, Shape, int]  # scheme, shape, tokens
 
 
 def jobs(models: Iterable[str]) -> list[Job]:
@@ -237,10 +234,11 @@ def measure(bench: Bench, job: Job, tried: list[Variant], said: dict[str, str]) 
     rows = [
         {"us": us[name], "error": errors[name], **summary(by_name[name])} for name in sorted(us, key=us.__getitem__)
     ]
+    without = [row for row in rows[KEPT:] if not row["pdl"]]
     return {
         "scheme": scheme, "model": shape.model, "name": shape.name, "ordered": shape.ordered,
         "tokens": tokens, "bytes": weights.nbytes, "torch_error": bench.exact[scheme, replace(shape, ordered=0)][1],
-        "peers_us": peers, "rows": rows, "wrong": wrong,
+        "peers_us": peers, "rows": [*rows[:KEPT], *without[:1]], "wrong": wrong,
     }  # fmt: skip
 
 
@@ -257,54 +255,6 @@ def show(r: dict[str, Any], top: int = 4) -> None:
         + (f" WRONG {r['wrong']}" if r["wrong"] else ""),
         flush=True,
     )
-
-
-def compile_all(wanted: list[Variant], workers: int, seconds: float) -> None:
-    """Fill the cache, most wanted first; what does not compile is said and left out."""
-    kernels = list(dict.fromkeys(k for v in wanted for k in (v.kernel(), v.order()) if k is not None))
-    todo: queue.SimpleQueue[Kernel] = queue.SimpleQueue()
-    for kernel in kernels:
-        if not _there(kernel):
-            todo.put(kernel)
-    print(f"{len(kernels)} kernels, {todo.qsize()} to compile", flush=True)
-    failed: list[str] = []
-    end = time.perf_counter() + seconds
-    threads = [threading.Thread(target=_compile, args=(todo, workers, failed, end)) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    print(f"{sum(_there(k) for k in kernels)} are there, {len(failed)} do not compile", flush=True)
-    for text in failed[:9]:
-        print("  ", text)
-
-
-def _compile(todo: queue.SimpleQueue[Kernel], workers: int, failed: list[str], end: float) -> None:
-    """Take some kernels at a time, in a process of their own, until there are none or time is up."""
-    from llmopt.codegen.cubin_parallel import fill_cache
-
-    while time.perf_counter() < end:
-        some: list[Kernel] = []
-        with contextlib.suppress(queue.Empty):
-            for _ in range(min(48, max(1, todo.qsize() // workers))):
-                some.append(todo.get_nowait())
-        if not some:
-            return
-        while some:
-            done: list[None] = []
-            try:
-                fill_cache(some, H200, 1, functools.partial(done.append, None))
-                break
-            except BuildError as error:
-                failed.append(str(error)[:300])
-                some = some[len(done) + 1 :]
-
-
-def _there(kernel: Kernel) -> bool:
-    try:
-        return cached(kernel, H200) is not None
-    except BuildError:  # it does not fit
-        return False
 
 
 def run(args: argparse.Namespace, plan: dict[Job, list[Variant]]) -> None:
@@ -346,37 +296,6 @@ def _without(variant: Variant) -> Variant:
     return replace(variant, pdl=0)
 
 
-def fastest(plan: dict[Job, list[Variant]], files: list[Path]) -> dict[Job, list[Variant]]:
-    """What earlier result files found fastest, four of each case and file."""
-    known: dict[tuple[Any, ...], set[str]] = {}
-    for r in (case for path in files for case in json.loads(path.read_text())["cases"]):
-        key = r["scheme"], r["model"], r["name"], r["ordered"], r["tokens"]
-        known.setdefault(key, set()).update(row["text"] for row in r["rows"][:4])
-    return {
-        job: [
-            v for v in tried if v.text() in known.get((job[0], job[1].model, job[1].name, job[1].ordered, job[2]), ())
-        ]
-        for job, tried in plan.items()
-    }
-
-
-def accept(path: Path) -> Path:
-    """Put what a result file found fastest into the shipped table."""
-    from llmopt.codegen import tuning
-
-    results = json.loads(path.read_text())
-    entries = []
-    for r in results["cases"]:
-        row = next((w for w in r["rows"] if w["pdl"]), None)
-        if row is not None and r["name"] in SHAPES:
-            entries.append({
-                "template": "lowbit", "source": row["source"], "shape": {**row["shape"], "N": r["tokens"]},
-                "dtype": r["scheme"], "config": row["config"], "us": row["us"], "device": results["device"],
-                "date": results["date"][:10],
-            })  # fmt: skip
-    return tuning.write("sm_90", entries)
-
-
 def main() -> None:
     """Compile, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -387,14 +306,18 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", help="only these shapes")
     parser.add_argument("--minutes", type=float, default=3.5)
     parser.add_argument("--limit", type=int, default=None, help="variants of a case")
-    parser.add_argument("--again", type=Path, nargs="+", help="only variants among the fastest four of these files")
+    parser.add_argument("--again", type=Path, nargs="+", help="only the variants that these files have")
     parser.add_argument("--cases", type=int, default=None, help="the first so many")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--only", choices=["compile"])
     parser.add_argument("--compile", type=float, default=0.0, metavar="SECONDS", help="first compile what is missing")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--accept", type=Path, help="measure nothing: put this file's results into the shipped table")
+    parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing: put these files into --out")
+    parser.add_argument("--accept", type=Path, help="measure nothing: put a merged file into the shipped table")
     args = parser.parse_args()
+    if args.merge:
+        write_json(args.out, merged(args.merge))
+        return
     if args.accept:
         print(accept(args.accept))
         return
@@ -420,9 +343,9 @@ def main() -> None:
     if not torch.cuda.device_count():
         print("no NVIDIA GPU here: nothing measured")
         return
-    there = {job: [v for v in tried if _there(v.kernel())] for job, tried in plan.items()}
-    print(f"{sum(map(len, there.values()))} of {sum(map(len, plan.values()))} variants are compiled", flush=True)
-    run(args, there)
+    ready = {job: [v for v in tried if there(v.kernel())] for job, tried in plan.items()}
+    print(f"{sum(map(len, ready.values()))} of {sum(map(len, plan.values()))} variants are compiled", flush=True)
+    run(args, ready)
 
 
 if __name__ == "__main__":

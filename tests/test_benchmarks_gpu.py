@@ -271,6 +271,9 @@ def test_tables_are_made_from_results(tmp_path: Path, monkeypatch: pytest.Monkey
     rows = [{"peer": p, "ms": {"median": ms}, "read_bandwidth_share": 0.81, "kernels": 163} for p, ms in times.items()]
     case = {"model": "m", "dtype": "bfloat16", "batch": 1, "tokens": 512, "environment": environment, "peers": rows}
     (tmp_path / "decode_h200.json").write_text(json.dumps({"cases": [case, case | {"peers": rows[1:]}]}))
+    less = {"peer": "llmopt-nvfp4", "ms": {"median": 2.0}, "read_bandwidth_share": 0.5, "saved_bytes": 10e9}
+    few = {**case, "bytes_per_step": 15e9, "peers": [rows[0] | {"saved_bytes": 0}, less]}
+    (tmp_path / "decode-lowbit_h200.json").write_text(json.dumps({"cases": [few]}))
     (tmp_path / "prefill_h200.json").write_text(json.dumps({"cases": [case | {"tokens": 2048}]}))
     starts = {
         "cold": {"first_token_s": 40.0, "weight_bytes": 16e9},
@@ -304,6 +307,8 @@ def test_tables_are_made_from_results(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "graphs (max-autotune, reduce-overhead), *transformers* of its StaticCache (max-autotune)" in text
     assert "NVIDIA H200 (torch 2.11.0, Triton 3.6.0)" in text
     assert "| m | 1 | 512 | 4.00 ms | 5.20 ms, 1.30x | 6.00 ms, 1.50x | - | 81% | 163 |" in text
-    assert text.count("| m | 1 |") == 1
+    assert "| m | 1 | 512 | `default` | 4.00 ms | 1.00x | 15.0 | 81% |" in text
+    assert "| m | 1 | 512 | `nvfp4` | 2.00 ms | 2.00x | 5.0 | 50% |" in text
+    assert text.count("| m | 1 |") == 3
     assert "| m | 1 x 2048 | 4.0 ms | 5.20 ms, 1.30x | - |" in text
     assert "without any compiler: 2.0 s, and 4.0 s to read and check 16 GB" in text

@@ -47,9 +47,28 @@ def test_a_block_without_markers_is_an_error(generate: ModuleType) -> None:
         generate.filled("no markers here", "recipes", "x")
 
 
-def test_the_page_on_accuracy_is_up_to_date(generate: ModuleType) -> None:
-    text = (ROOT / "docs" / "quality.md").read_text()
-    assert generate.filled(text, "quality", generate.quality()) == text
+@pytest.mark.parametrize(("page", "block"), [("quality.md", "quality"), ("gpu.md", "lowbit")])
+def test_the_pages_of_figures_are_up_to_date(generate: ModuleType, page: str, block: str) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    assert generate.filled(text, block, generate.BLOCKS[f"docs/{page}"][block]()) == text
+
+
+def test_what_the_runtime_does_is_what_the_table_of_products_shows(generate: ModuleType, tmp_path: Path) -> None:
+    row = {"us": 20.0, "pdl": 1}
+    alike = {"scheme": "nvfp4", "model": "8b", "name": "gate_up", "peers_us": {"cublas": 60.0}}
+    cases = [
+        {**alike, "tokens": 1, "rows": [{**row, "us": 9.0, "pdl": 0}, row]},
+        {**alike, "tokens": 16, "rows": [row]},
+        {**alike, "tokens": 16, "rows": [{**row, "us": 10.0}]},  # the other way, measured to compare
+        {**alike, "name": "gate_up-alone", "tokens": 1, "rows": [{**row, "us": 5.0}]},
+    ]
+    chain = {"scheme": "nvfp4", "model": "8b", "tokens": 1, "us": {"pdl": 40.0, "cublas": 100.0, "torch": 120.0}}
+    about = {"gpu": {"name": "NVIDIA H200"}, "torch": "2.11.0", "triton": "3.6.0"}
+    figures = {"parts": [about], "cases": cases, "chain": [chain]}
+    (tmp_path / "lowbit-gemm_h200.json").write_text(json.dumps(figures))
+    said = generate.gpu_tables.products(tmp_path)
+    assert "| NVFP4 | 8B gate_up | 20.0, 3.00x | 20.0, 3.00x |" in said
+    assert "NVFP4 40.0 us, 2.50x cuBLAS' products and 3.00x torch's" in said
 
 
 def test_a_row_for_each_recipe(generate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +87,7 @@ def test_a_row_for_each_recipe(generate: ModuleType, tmp_path: Path, monkeypatch
     assert said.endswith("| `int4` | 4.25 | 20.0 dB | 3.7500 | 0.0123 | 95.1% |")
 
 
-PAGES = ("README.md", "docs/architecture.md", "docs/passes.md", "docs/torch_compile.md", "docs/quality.md")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("architecture", "passes", "torch_compile", "quality", "gpu")))
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -211,7 +211,7 @@ def lowbit(  # noqa: C901
             acc0 = tl.zeros([BLOCK_J, COLUMNS], tl.float32)
             acc1 = acc0
             square = tl.zeros([COLUMNS], tl.float32)
-            for other in tl.static_range(SPLIT_K):  # so that none waits for the one before
+            for other in range(SPLIT_K):
                 theirs = base + other * SIZE
                 acc0 += tl.load(theirs + spot, cache_modifier=".cg")
                 if PARTS == 2:
@@ -285,15 +285,11 @@ def _narrow(shape: Mapping[str, int], cores: int) -> Iterator[_Tile]:
 def _wide(shape: Mapping[str, int], cores: int) -> Iterator[_Tile]:
     """For wgmma: groups of four warps, which share the tile of x. About two programs a core are best."""
     few = shape["J"] * shape["PARTS"] < 96 * cores
-    tried = ((64, 3), (128, 2), (256, 1)) if few and shape["PARTS"] == 1 else ((128, 2), (256, 1))
-    for rows, most in tried:
+    for rows, most in ((64, 3), (128, 1)) if few and shape["PARTS"] == 1 else ((128, 2), (64, 1)):
         tiles = -(-shape["J"] * shape["PARTS"] // rows)
-        splits = sorted((2, 4, 7, 8, 14, 16), key=lambda s: abs(tiles * s - (1 if rows > 128 else 2) * cores))
+        splits = sorted((2, 4, 7, 8, 14, 16), key=lambda s: abs(tiles * s - 2 * cores))
         alone = 2 * tiles > cores  # else there would be too few programs, unless nothing divides K
         for split in [1, *splits[: most - 1]] if alone else [*splits[:most], 1]:
-            if rows > 128:
-                yield from [(rows, 128, 1, split, 4, 8), (rows, 128, 1, split, 3, 8)]
-                continue
             yield from [(rows, 128, 1, split, 4, 4), (rows, 256, 1, split, 3, 4)]
             if shape["N"] > 32:
                 yield (rows, 256, 1, split, 2, 4)
