@@ -14,26 +14,24 @@ the same result bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from llmopt.compiler import plain
-from llmopt.compiler.calibration_data import Encode, TokenSource, digest_of, read_tokens, windows_of
-from llmopt.compiler.calibration_run import Part, Sums
-from llmopt.compiler.calibration_statistics import (
-    Entry,
-    LazyTensor,
-    Statistics,
-    StoredTensors,
-    fingerprint_of,
-    is_statistics,
-)
+from llmopt.compiler.calibration_data import Chosen, Encode, TokenSource, choose_windows, digest_of
+from llmopt.compiler.calibration_file import LazyTensor, StoredTensors
+from llmopt.compiler.calibration_fingerprint import fingerprint_of
+from llmopt.compiler.calibration_run import Part, Sums, unfinished
+from llmopt.compiler.calibration_statistics import Entry, Origin, Statistics, is_statistics, other_model
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.graph import Graph
 from llmopt.compiler.program import Program
@@ -51,7 +49,8 @@ class Settings:
     are). `second_moments=False` keeps diagonals only, for what needs no more. Products of a window are formed in
     `products` precision, "float64" or "float32"; "auto" takes fp64 up to K = 4096 and fp32 above, and sums over windows
     are fp64 always. `memory` bounds the sums held at once, in bytes. `every` so many windows the work is written down,
-    if there is a path for it. `device` is where all is computed.
+    if there is a path for it. `device` is where all is computed: "cpu", or "cuda" where there is a GPU. Raises
+    InputError.
     """
 
     window: int = 2048
@@ -69,11 +68,24 @@ class Settings:
                 raise InputError(f"calibration: {name} is {value!r}, wanted a whole number >= 1")
         if self.products not in ("auto", "float64", "float32"):
             raise InputError(f"calibration: products is {self.products!r}, wanted auto, float64 or float32")
+        _check_device(self.device)
 
     def precision(self, columns: int) -> torch.dtype:
         """What X^T X of one window is computed in."""
         choice = self.products if self.products != "auto" else "float64" if columns <= 4096 else "float32"
         return torch.float64 if choice == "float64" else torch.float32
+
+
+def _check_device(name: str) -> None:
+    device = None
+    with contextlib.suppress(RuntimeError, TypeError):  # of what torch does not know
+        device = torch.device(name)
+    if not isinstance(name, str) or device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"calibration: device is {name!r}, wanted 'cpu', 'cuda', or one GPU of several ('cuda:1')")
+    if device.type == "cuda" and (device.index or 0) >= (gpus := torch.cuda.device_count()):
+        raise InputError(
+            f"calibration: device is {name!r}, and torch sees {gpus} GPUs here; use one of those, or 'cpu'"
+        )
 
 
 def linear_inputs(graph: Graph) -> dict[str, tuple[fx.Node, ...]]:
@@ -98,23 +110,22 @@ def calibrate(
 ) -> Statistics:
     """Statistics of `values` (name -> nodes of `forward`, each [..., K]; by default `linear_inputs`) over the source.
 
-    The source is anything `read_tokens` takes, or statistics saved before, which are checked to be of this model.
-    `encode` makes ids of text. `path` (*.safetensors) is where the result is written, and read if it is there already.
-    `progress(name, done, total)` is told of each value of each window. Raises InputError.
+    The source is anything `choose_windows` takes, or statistics saved before, which are checked to be of this model's
+    weights. `encode` makes ids of text. `path` (*.safetensors) is where the result is written, and read if it is there
+    already. `progress(name, done, total)` is told of each value of each window. Raises InputError.
     """
     saved = _saved(source)
     if saved is not None:
         return saved.check(program)
     settings = settings or Settings()
     window = min(settings.window, program.facts.context_length)
-    sequences = read_tokens(source, program.facts.vocab_size, encode)  # type: ignore[arg-type]
-    windows = windows_of(sequences, window, settings.tokens)
-    chosen = values if values is not None else linear_inputs(program.graph("forward"))
-    run = _Run(program, windows, settings, _shared(chosen), _result_file(path))
+    chosen = choose_windows(source, program.facts.vocab_size, encode, window, settings.tokens)  # type: ignore[arg-type]
+    watched = values if values is not None else linear_inputs(program.graph("forward"))
+    run = _Run(program, chosen.windows, settings, _shared(watched), _result_file(path))
     done = run.finished()
     if done is not None:
         return done
-    return run.run(progress or (lambda name, done, total: None), _notes(sequences, windows))
+    return run.run(progress or (lambda name, done, total: None), _notes(chosen))
 
 
 def _saved(source: TokenSource | Statistics) -> Statistics | None:
@@ -147,9 +158,9 @@ def _shared(values: Values) -> dict[tuple[fx.Node, ...], list[str]]:
     return found
 
 
-def _notes(sequences: Sequence[Tensor], windows: Sequence[Tensor]) -> list[str]:
-    used, given = (sum(t.numel() for t in part) for part in (windows, sequences))
-    return [f"calibrated with {used} of {given} tokens in {len(windows)} windows"]
+def _notes(chosen: Chosen) -> list[str]:
+    used = sum(window.numel() for window in chosen.windows)
+    return [f"calibrated with {used} of {chosen.source} in {len(chosen.windows)} windows"]
 
 
 class _Run:
@@ -165,25 +176,26 @@ class _Run:
     ) -> None:
         self.program, self.windows, self.settings, self.path = program, windows, settings, path
         self.names = {names[0]: names for names in shared.values()}
-        self.parts = [Part(group) for group in _groups(shared, settings)]
+        self.origin = Origin(fingerprint_of(program), self._facts(shared))
+        self.parts = [Part(group, self.origin) for group in _groups(shared, settings)]
         if path is None and len(self.parts) > 1:
             needed = sum(part.nbytes for part in self.parts)
             raise InputError(
                 f"calibration: sums take {needed / MIB:.1f} MiB, the bound is {settings.memory / MIB:.1f} MiB; "
                 "give a path, so that one group after the other can be written, or raise memory"
             )
-        self.fingerprint = fingerprint_of(program)
-        self.digest = self._digest()
 
-    def _digest(self) -> str:
-        """What a result depends on; `every`, `tokens` and `window` only by the windows they make."""
-        chosen = {k: v for k, v in asdict(self.settings).items() if k in ("second_moments", "products", "device")}
-        names = [
-            [(self.names[key], [node.name for node in sums.nodes]) for key, sums in part.sums.items()]
-            for part in self.parts
-        ]
-        facts = [self.fingerprint, str(self.program.facts.dtype), digest_of(self.windows), chosen, names]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    def _facts(self, shared: Mapping[tuple[fx.Node, ...], list[str]]) -> dict[str, Any]:
+        """What a result depends on beside the weights; `tokens` and `window` by the windows that they make."""
+        values = [(names, [node.name for node in nodes]) for nodes, names in shared.items()]
+        return {
+            "tokens": digest_of(self.windows),
+            "values": hashlib.sha256(json.dumps(values).encode()).hexdigest(),
+            "dtype": str(self.program.facts.dtype).removeprefix("torch."),
+            "second_moments": self.settings.second_moments,
+            "products": self.settings.products,
+            "device": torch.device(self.settings.device).type,  # which GPU of several is all the same
+        }
 
     def finished(self) -> Statistics | None:
         """The result, if it is there. Raises InputError for one of another run."""
@@ -191,16 +203,17 @@ class _Run:
             return None
         if not is_statistics(self.path):
             raise InputError(f"file {str(self.path)!r} is there already and holds no statistics; give another name")
-        found = Statistics.load(self.path).check(self.program)
-        if found.digest != self.digest:
+        found = Statistics.load(self.path).check(self.program, self.origin.fingerprint)
+        if difference := found.origin.difference(self.origin):
             raise InputError(
-                f"file {str(self.path)!r} holds statistics of other tokens, settings or values; give another name, "
-                "remove it, or use it as it is by giving it as the source"
+                f"file {str(self.path)!r} holds statistics made otherwise: {difference}; give another name, remove it, "
+                "or use it as it is by giving it as the source"
             )
         return found
 
     def run(self, progress: Progress, notes: list[str]) -> Statistics:
-        """Read the windows for each part."""
+        """Read the windows for each part. Raises InputError before, if some were read with other weights."""
+        self._check_weights()
         total = len(self.windows) * sum(len(part.sums) for part in self.parts)
         if len(self.parts) > 1:
             notes.append(
@@ -208,15 +221,31 @@ class _Run:
             )
         before = 0
         for number, part in enumerate(self.parts):
-            notes += part.open(self._file(number), self.digest)
+            notes += part.open(self._file(number))
             part.run(self.program, self.windows, self.settings, _counted(progress, before, total))
             before += len(self.windows) * len(part.sums)
             if self.path is not None:
                 part.close()
         return self._result(tuple(notes))
 
+    def _check_weights(self) -> None:
+        """That no unfinished work with other weights is here: it would be lost, and nobody asked for that."""
+        for file in self._files():
+            made = None
+            with contextlib.suppress(InputError):  # a damaged one is begun anew
+                made = unfinished(file)
+            if made and (difference := self.origin.fingerprint.difference(made.fingerprint)):
+                raise other_model("unfinished statistics", file, self.program, difference)
+
     def _file(self, number: int) -> Path | None:
         return None if self.path is None else self.path.with_name(f"{self.path.name}.part{number}")
+
+    def _files(self) -> list[Path]:
+        """What is there of unfinished work, in this division into parts or another."""
+        if self.path is None:
+            return []
+        name = re.compile(re.escape(self.path.name) + r"\.part\d+")
+        return sorted(file for file in self.path.parent.iterdir() if name.fullmatch(file.name) and file.is_file())
 
     def _result(self, notes: tuple[str, ...]) -> Statistics:
         lazy: dict[str, LazyTensor] = {}
@@ -225,14 +254,12 @@ class _Run:
         columns = {key: (s.columns, s.tokens) for part in self.parts for key, s in part.sums.items()}
         entries = {name: Entry(key, *columns[key]) for key, names in self.names.items() for name in names}
         tensors: Mapping[str, Tensor] = {}
-        made = Statistics(self.fingerprint, self.digest, entries, tensors, self.settings.second_moments, notes)
+        made = Statistics(self.origin, entries, tensors, self.settings.second_moments, notes)
         if self.path is None:
             return made.with_tensors({key: tensor.make() for key, tensor in lazy.items()})
         made.write(self.path, lazy)
-        number = 0
-        while (file := self._file(number)) is not None and file.is_file():  # those of another division, too
+        for file in self._files():
             file.unlink()
-            number += 1
         return made.with_tensors(StoredTensors(self.path))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,7 +13,8 @@ from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from llmopt.compiler import ops
-from llmopt.compiler.calibration_statistics import UNFINISHED, LazyTensor, StoredTensors, read_metadata, write_tensors
+from llmopt.compiler.calibration_file import LazyTensor, StoredTensors, format_of, read_metadata, write_tensors
+from llmopt.compiler.calibration_statistics import UNFINISHED, Origin
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.evaluate import evaluated
 from llmopt.compiler.program import Program, Weight
@@ -110,10 +109,9 @@ FASTER = {ops.attention.overload: _attention}
 class Part:
     """The sums that one reading of all windows fills, by key."""
 
-    def __init__(self, sums: Mapping[str, Sums]) -> None:
-        self.sums = sums
+    def __init__(self, sums: Mapping[str, Sums], origin: Origin) -> None:
+        self.sums, self.origin = sums, origin
         self.file: Path | None = None
-        self.digest = ""
         self.done = 0  # windows
 
     @property
@@ -121,20 +119,37 @@ class Part:
         """What all sums take."""
         return sum(s.nbytes for s in self.sums.values())
 
-    def open(self, file: Path | None, digest: str) -> list[str]:
+    def open(self, file: Path | None) -> list[str]:
         """Make room, and go on from what the file holds of this very run. Returns what the report should say."""
-        self.file, self.digest, self.done = file, digest, 0
-        for sums in self.sums.values():
-            sums.clear()
+        self.file = file
+        self._clear()
         if file is None or not file.is_file():
             return []
-        with contextlib.suppress(InputError, KeyError):
-            meta = read_metadata(file)
-            if meta["format"] == UNFINISHED and meta["digest"] == digest:
-                self._restore(StoredTensors(file), meta["tokens"])
-                self.done = meta["done"]
-                return [f"went on after {self.done} windows"]
-        return [f"{file.name} is of another run: begun anew"]
+        try:
+            against = self._resume(file)
+        except InputError:
+            against = "is damaged"  # and may have been restored in part
+            self._clear()
+        return [f"{file.name} {against}: begun anew" if against else f"went on after {self.done} windows"]
+
+    def _clear(self) -> None:
+        self.done = 0
+        for sums in self.sums.values():
+            sums.clear()
+
+    def _resume(self, file: Path) -> str | None:
+        """Read the sums; or say why they are no beginning of these. Raises InputError if the file is damaged."""
+        made = unfinished(file)
+        if made is None:
+            return "is of another run"
+        if difference := made.difference(self.origin):
+            return f"is of another run ({difference})"
+        meta = read_metadata(file)
+        if list(meta["tokens"]) != list(self.sums):
+            return "sums up other values, as the bound of memory was another"
+        self._restore(StoredTensors(file), meta["tokens"])
+        self.done = meta["done"]
+        return None
 
     def _restore(self, stored: Mapping[str, Tensor], tokens: Mapping[str, int]) -> None:
         for key, sums in self.sums.items():
@@ -187,13 +202,13 @@ class Part:
                     tell(key, done)
 
     def _write(self, file: Path) -> None:
-        meta = {"digest": self.digest, "done": self.done, "tokens": {k: s.tokens for k, s in self.sums.items()}}
         tensors = {
             f"{key}.{kind}": LazyTensor(tuple(tensor.shape), tensor.dtype, partial(Tensor.cpu, tensor))
             for key, sums in self.sums.items()
             for kind, tensor in sums.state.items()
         }
-        write_tensors(file, {"format": UNFINISHED} | {k: json.dumps(v) for k, v in meta.items()}, tensors)
+        tokens = {key: sums.tokens for key, sums in self.sums.items()}
+        write_tensors(file, UNFINISHED, {"origin": self.origin.to_json(), "done": self.done, "tokens": tokens}, tensors)
 
     def close(self) -> None:
         """Give the memory back: all is in the file."""
@@ -212,6 +227,11 @@ class Part:
             for key, sums in self.sums.items()
             for kind in (sums.kind, "amax")
         }
+
+
+def unfinished(file: Path) -> Origin | None:
+    """What the sums in a file were to be made of; None for another file. Raises InputError if it is damaged."""
+    return Origin.from_json(read_metadata(file)["origin"]) if format_of(file) == UNFINISHED else None
 
 
 def _result(stored: Mapping[str, Tensor] | None, sums: Sums, key: str, kind: str) -> Tensor:

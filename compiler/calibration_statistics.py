@@ -1,7 +1,7 @@
 """Statistics of named values, in memory or in a file that is read as asked for.
 
     names.safetensors   "<key>.second" f32 [K, K] or "<key>.diagonal" f32 [K], "<key>.amax" f32 [K]; metadata: which
-                        names share a key, token counts, the model's fingerprint, what was calibrated with
+                        names share a key, token counts, what they were made of, checksums
 
 Names that watch the same value (q, k and v) share one key. The file is written tensor by tensor, so it may be larger
 than memory, and becomes visible only when it is whole.
@@ -12,21 +12,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from llmopt.compiler.calibration_file import LazyTensor, StoredTensors, format_of, read_metadata, write_tensors
+from llmopt.compiler.calibration_fingerprint import Fingerprint, fingerprint_of
 from llmopt.compiler.errors import InputError, did_you_mean
-from llmopt.compiler.program import Program, open_safetensors
+from llmopt.compiler.program import Program
 
-FORMAT = "llmopt statistics 1"
-UNFINISHED = "llmopt unfinished statistics 1"
-_NAMES = {torch.float64: "F64", torch.float32: "F32"}
+FORMAT = "llmopt statistics 2"
+UNFINISHED = "llmopt unfinished statistics 2"
+_ANY_FORMAT = "llmopt statistics "
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,57 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What sums were made of: the model's weights, and by name (tokens, values, each setting) the rest that they
+    depend on, as JSON values. How values were grouped to fit a bound of memory is no part of it.
+    """
+
+    fingerprint: Fingerprint
+    facts: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it."""
+        text = json.dumps([self.fingerprint.digest, sorted(self.facts.items())])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def difference(self, wanted: Origin) -> str | None:
+        """What of `facts` is not as wanted: "other tokens", "device 'cuda', wanted 'cpu'"; None where all is."""
+        other = [name for name, fact in wanted.facts.items() if self.facts.get(name) != fact]
+        hashed = [name for name in other if name in ("tokens", "values")]
+        plain = [f"{n} {self.facts.get(n)!r}, wanted {wanted.facts[n]!r}" for n in other if n not in hashed]
+        return "; ".join([*(f"other {name}" for name in hashed), *plain]) or None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values that `from_json` reads."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(made: Mapping[str, Any]) -> Origin:
+        """The origin that `to_json` wrote."""
+        seen = made["fingerprint"]
+        shapes = {name: tuple(shape) for name, shape in seen["shapes"].items()}
+        return Origin(Fingerprint(shapes, {n: (d, h) for n, (d, h) in seen["values"].items()}), made["facts"])
+
+
+@dataclass(frozen=True)
 class Statistics:
     """Sums over the calibration tokens of what each named value [..., K] was.
 
-    `fingerprint` is that of the model, `digest` that of the run (tokens, settings, names); `notes` say what a reader of
-    the report should know.
+    `origin` is what they were made of; `notes` say what a reader of the report should know. Where `tensors` are a
+    file's, whatever reads one raises InputError if the file is damaged.
     """
 
-    fingerprint: str
-    digest: str
+    origin: Origin
     entries: Mapping[str, Entry]
     tensors: Mapping[str, Tensor] = field(repr=False)
     second_moments: bool
     notes: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what they were made of."""
+        return self.origin.digest
 
     def entry(self, name: str) -> Entry:
         """The entry of a name. Raises InputError with the nearest one."""
@@ -79,7 +117,9 @@ class Statistics:
         return self.tensors[f"{self.entry(name).key}.amax"]
 
     def tokens(self, name: str) -> int:
-        """How many rows of the value were seen."""
+        """How many rows of the value were seen: what the sums have to be divided by for means, and the most that the
+        rank of X^T X can be. A weight used on several values counts all of them.
+        """
         return self.entry(name).tokens
 
     def rank_warning(self, name: str, wanted: int | None = None) -> str | None:
@@ -92,18 +132,14 @@ class Statistics:
         why = f"its second moment has rank {entry.tokens} of {entry.columns}" if singular else f"of {least} wanted"
         return f"{name}: calibrated with {entry.tokens} tokens, {why}; use at least {least} tokens"
 
-    def check(self, program: Program) -> Statistics:
-        """These statistics, if they are of this model. Raises InputError for another one."""
-        if fingerprint_of(program) != self.fingerprint:
-            shapes = {n: w.shape for n, w in program.used_weights().items()}
-            strange = next((n for n in self.entries if n not in shapes), None)
-            seen = (
-                f"they know a weight {strange!r} that it has not" if strange else "its weights differ in name or shape"
-            )
-            raise InputError(
-                f"statistics are of another model than {program.facts.name}: {seen}; calibrate this model, with the "
-                "same passes before"
-            )
+    def check(self, program: Program, known: Fingerprint | None = None) -> Statistics:
+        """These statistics, if they are of this model's weights. Raises InputError for other ones.
+
+        `known` is the program's fingerprint where it was taken already.
+        """
+        if difference := (known or fingerprint_of(program)).difference(self.origin.fingerprint):
+            file = self.tensors.path if isinstance(self.tensors, StoredTensors) else None
+            raise other_model("statistics", file, program, difference)
         return self
 
     def save(self, path: str | Path) -> None:
@@ -112,7 +148,13 @@ class Statistics:
 
     def write(self, path: Path, tensors: Mapping[str, LazyTensor]) -> None:
         """The file of these statistics with tensors made one by one."""
-        write_tensors(path, _metadata(self), tensors)
+        metadata = {
+            "origin": self.origin.to_json(),
+            "second_moments": self.second_moments,
+            "notes": list(self.notes),
+            "entries": {name: asdict(entry) for name, entry in self.entries.items()},
+        }
+        write_tensors(path, FORMAT, metadata, tensors)
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Statistics:
         """The same statistics, their tensors read from elsewhere."""
@@ -120,116 +162,44 @@ class Statistics:
 
     @staticmethod
     def load(path: str | Path) -> Statistics:
-        """Statistics of a file, whose tensors are read when asked for. Raises InputError if the file is none."""
+        """Statistics of a file, whose tensors are read when asked for.
+
+        Raises InputError if the file is none, damaged, or of another version.
+        """
         path = Path(path)
         if not is_statistics(path):
             raise InputError(f"file {str(path)!r} holds no finished statistics; wanted one that a calibration wrote")
-        meta = read_metadata(path)["statistics"]
-        entries = {name: Entry(**e) for name, e in meta.pop("entries").items()}
-        notes = tuple(meta.pop("notes"))
-        return Statistics(entries=entries, notes=notes, tensors=StoredTensors(path), **meta)
+        if (form := format_of(path)) != FORMAT:
+            raise InputError(
+                f"file {str(path)!r} holds {form!r}, wanted {FORMAT!r}: another version of llmopt wrote it; remove it, "
+                "or give another name, and calibrate again"
+            )
+        meta = read_metadata(path)
+        return Statistics(
+            Origin.from_json(meta["origin"]),
+            {name: Entry(**e) for name, e in meta["entries"].items()},
+            StoredTensors(path),
+            meta["second_moments"],
+            tuple(meta["notes"]),
+        )
 
 
-def fingerprint_of(program: Program) -> str:
-    """SHA-256 of the names and shapes of the weights that a program reads."""
-    shapes = sorted((name, list(weight.shape)) for name, weight in program.used_weights().items())
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+def other_model(what: str, file: Path | None, program: Program, difference: str) -> InputError:
+    """What to raise where `what`, in a file or in memory, was made with weights that are not the program's."""
+    where = "" if file is None else f", in {str(file)!r}"
+    return InputError(
+        f"{what} are of another model than {program.facts.name}{where}: {difference}; calibrate this model, with the "
+        "same passes before and into another file, or use the weights that they were made with"
+    )
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether the path is a file of finished statistics (another or a damaged file is none)."""
+    """Whether the path is a file of finished statistics, of any version (one cut off at its end is none)."""
     with contextlib.suppress(InputError):
-        return path.suffix == ".safetensors" and path.is_file() and read_metadata(path).get("format") == FORMAT
+        return path.suffix == ".safetensors" and path.is_file() and format_of(path).startswith(_ANY_FORMAT)
     return False
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What a safetensors file says of itself; JSON values are parsed."""
-    with open_safetensors(path) as file:
-        raw = file.metadata() or {}
-    if raw.get("format") not in (FORMAT, UNFINISHED):
-        return dict(raw)
-    return {k: v if k == "format" else json.loads(v) for k, v in raw.items()}
-
-
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read into memory of its own when asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with open_safetensors(path) as file:
-            self.names = tuple(file.keys())
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key not in self.names:
-            raise KeyError(key)
-        with open_safetensors(self.path) as file:
-            return file.get_tensor(key).clone()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor to be written: its shape and dtype (fp32 or fp64), and how to make it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
 
 
 def _lazy(tensors: Mapping[str, Tensor], key: str) -> LazyTensor:
     tensor = tensors[key]
     return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensors[key])
-
-
-def write_tensors(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, LazyTensor]) -> None:
-    """A safetensors file, one tensor in memory at a time; the name is taken only when all is written.
-
-    Raises InputError where it cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(_pieces(metadata, tensors))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise InputError(
-            f"statistics cannot be written to {str(path)!r}: {error.strerror or error}; give a folder that exists, "
-            "with room to write"
-        ) from error
-
-
-def _pieces(metadata: Mapping[str, str], tensors: Mapping[str, LazyTensor]) -> Iterable[Any]:
-    """Length of the header, header, tensors one behind the other: safetensors' format."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    at = 0
-    for name, tensor in tensors.items():
-        size = torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for tensor in tensors.values():
-        yield tensor.make().contiguous().numpy().data.cast("B")
-
-
-def _metadata(statistics: Statistics) -> dict[str, str]:
-    meta = {
-        "fingerprint": statistics.fingerprint,
-        "digest": statistics.digest,
-        "second_moments": statistics.second_moments,
-        "notes": list(statistics.notes),
-        "entries": {name: asdict(entry) for name, entry in statistics.entries.items()},
-    }
-    return {"format": FORMAT, "statistics": json.dumps(meta)}

@@ -42,17 +42,25 @@ class Calibration:
     progress: Progress | None = None
 
     def __call__(self, program: Program, second_moments: bool) -> Statistics:
-        """Statistics of the program as it is now; on a GPU if there is one, in half of its free memory.
+        """Statistics of the program as it is now; on a GPU if there is one, in less than half of its free memory.
 
         Raises InputError.
         """
         # what is kept is to serve every recipe that comes later
         settings = Settings(second_moments=second_moments or self.keep is not None)
         if torch.cuda.is_available():
-            settings = replace(settings, device="cuda", memory=torch.cuda.mem_get_info()[0] // 2)
+            settings = replace(settings, device="cuda", memory=_bound(*torch.cuda.mem_get_info()))
         tokenizer = load_tokenizer(program.facts.tokenizer)
         encode = None if tokenizer is None else lambda text: tokenizer(text, verbose=False)["input_ids"]
         return calibrate(program, self.source, encode=encode, path=self.keep, settings=settings, progress=self.progress)
+
+
+def _bound(free: int, total: int) -> int:
+    """Half of a GPU's free memory, in whole sixteenths of all where there is one: a run that was stopped goes on only
+    with values in the groups they were in, so that a few megabytes more or less must not make others.
+    """
+    half, step = free // 2, total // 16
+    return half // step * step or max(half, 1)
 
 
 Source = str | Path | nn.Module | ExportedProgram

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +106,20 @@ def test_too_few_tokens_are_told() -> None:
     assert "use at least 64 tokens" in note
 
 
-@pytest.mark.parametrize("bits", [4.5, 6.0, 9.0, 31.9])
+# of 8 weights in fp32, whose products are 8.5 or 8.33 bits a weight in fp8_channel: 9 bits leave too little for one of
+# them to stay in 32, unless others lose far more in nvfp4; 31.9 bits are enough for all of them but one
+MIXTURES = {4.5: {"nvfp4": 8}, 6.0: {"nvfp4": 4, "fp8_channel": 4}, 9.0: {"fp8_channel": 8},
+            31.9: {"fp8_channel": 1, "unquantised": 7}}  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", list(MIXTURES))
 def test_mixed_precision_stays_within_its_bits(bits: float) -> None:
     _, stats = quantised(bits=bits, choices=EIGHTS)
     weights = {n: structured().weights[n] for n in stats.figures}
     count = sum(w.shape[0] * w.shape[1] for w in weights.values())
     used = sum(f.get("bytes", weights[n].nbytes) for n, f in stats.figures.items())
     assert 8 * used <= bits * count + 32 * len(weights)  # NVFP4's global scales are not counted
-    kinds = {f.get("scheme", "unquantised") for f in stats.figures.values()}
-    assert kinds == {4.5: {"nvfp4"}, 6.0: {"nvfp4", "fp8_channel"}}.get(bits, kinds)
-    if bits > 31:
-        assert "unquantised" in kinds
+    assert Counter(f.get("scheme", "unquantised") for f in stats.figures.values()) == MIXTURES[bits]
 
 
 def test_more_bits_never_cost_more() -> None:

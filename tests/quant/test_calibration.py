@@ -6,7 +6,6 @@ import argparse
 import gc
 import inspect
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from calibrated import raised
 from passes_common import llama, run
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -37,14 +37,6 @@ from llmopt.runtime.tokenizer import load_tokenizer
 PICO = str(Path(__file__).resolve().parents[2] / "examples" / "models" / "pico-llama-4m")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def pico() -> Program:
     return raised(capture_hf(PICO, torch.float64))
@@ -55,15 +47,6 @@ def tokens() -> Tensor:
     """Real text of the kind that the model knows: 2,000 tokens of the standard library."""
     encode = load_tokenizer(PICO).encode
     return torch.tensor(encode(inspect.getsource(argparse.ArgumentParser))[:2000])
-
-
-@pytest.fixture(scope="module")
-def small() -> Program:
-    return raised(llama())
-
-
-def raised(program: Program) -> Program:
-    return run(program, RaiseAten(), Canonicalize())[0]
 
 
 def hooked(model: nn.Module, windows: list[Tensor]) -> dict[str, tuple[Tensor, Tensor, int]]:

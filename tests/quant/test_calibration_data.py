@@ -96,6 +96,19 @@ def test_unusable_files(tmp_path: Path):
         read_tokens(tmp_path, 256, letters)
 
 
+def thinned(sequences: list[torch.Tensor], length: int, limit: int | None) -> list[torch.Tensor]:
+    """What windows are, of all there are."""
+    windows = [w for ids in sequences for w in ids.split(length)]
+    total = sum(w.numel() for w in windows)
+    if limit is None or total <= limit:
+        return windows
+    wanted = -(-len(windows) * limit // total)
+    found: list[torch.Tensor] = []
+    for window in [windows[at * len(windows) // wanted] for at in range(wanted)]:
+        found.append(window[: limit - sum(w.numel() for w in found)])
+    return [w for w in found if w.numel()]
+
+
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=12),
     st.integers(1, 15),
@@ -105,6 +118,7 @@ def test_windows(sizes: list[int], length: int, limit: int | None):
     starts = [1000 * at for at in range(len(sizes))]
     sequences = [torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
     windows = windows_of(sequences, length, limit)
+    assert [w.tolist() for w in windows] == [w.tolist() for w in thinned(sequences, length, limit)]
     total, used = sum(sizes), [i for w in windows for i in w.tolist()]
     assert used == sorted(set(used))  # each token once, in order
     assert all(1 <= len(w) <= length for w in windows)
@@ -134,3 +148,20 @@ def test_digests_tell_windows_apart():
 def test_unusable_settings(wrong: dict[str, Any]):
     with pytest.raises(InputError, match=f"calibration: {next(iter(wrong))} is "):
         Settings(**wrong)
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:", "", None, 0, torch.device("cpu"), "mps"])
+def test_devices_that_there_are_not(device: Any):
+    with pytest.raises(InputError, match=r"calibration: device is .*, wanted 'cpu', 'cuda', or one GPU of several"):
+        Settings(device=device)
+
+
+def test_gpus_that_there_are_not(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match=r"device is 'cuda', and torch sees 0 GPUs here; use .*'cpu'"):
+        Settings(device="cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("cuda", "cuda:0", "cuda:1", "cpu"):
+        assert Settings(device=device).device == device
+    with pytest.raises(InputError, match="device is 'cuda:2', and torch sees 2 GPUs here"):
+        Settings(device="cuda:2")

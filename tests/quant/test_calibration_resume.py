@@ -3,57 +3,25 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from passes_common import llama, run
+from calibrated import GROUPS, IDS, WHOLE, WINDOWS, bits, raised, stopped
+from passes_common import llama
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import llmopt.runtime.build as building
 from llmopt.compiler.calibration import Settings, calibrate
-from llmopt.compiler.calibration_statistics import Statistics, is_statistics
+from llmopt.compiler.calibration_file import StoredTensors
+from llmopt.compiler.calibration_fingerprint import Fingerprint
+from llmopt.compiler.calibration_statistics import Origin, Statistics, is_statistics
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.program import Program
-from llmopt.passes.canonicalize import Canonicalize
-from llmopt.passes.raise_aten import RaiseAten
-
-IDS = (torch.arange(200) * 7 % 96).tolist()
-WINDOWS = 10
-WHOLE = Settings(window=20, every=3)
-# K = 32 and 48: 8320 and 18624 bytes a value, 7 + 2 values
-GROUPS = Settings(window=20, every=3, memory=30_000)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def small() -> Program:
-    return run(llama(), RaiseAten(), Canonicalize())[0]
-
-
-class Stopped(Exception):
-    """Someone pulled the plug."""
-
-
-def stop_at(count: int) -> Callable[[str, int, int], None]:
-    def tell(name: str, done: int, total: int) -> None:
-        if done == count:
-            raise Stopped
-
-    return tell
-
-
-def bits(made: Statistics) -> dict[str, str]:
-    return {key: hashlib.sha256(made.tensors[key].numpy().tobytes()).hexdigest() for key in made.tensors}
 
 
 @pytest.mark.parametrize("settings", [WHOLE, GROUPS], ids=["whole", "groups"])
@@ -63,8 +31,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
 ):
     path = tmp_path / "s.safetensors"
     for stop in stops:
-        with pytest.raises(Stopped):
-            calibrate(small, IDS, path=path, settings=settings, progress=stop_at(stop))
+        stopped(small, path, settings, stop)
         assert not path.exists()
     told: list[int] = []
     made = calibrate(small, IDS, path=path, settings=settings, progress=lambda name, done, total: told.append(done))
@@ -77,8 +44,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
 
 def test_work_that_was_written_is_not_done_again(small: Program, tmp_path: Path):
     path = tmp_path / "s.safetensors"
-    with pytest.raises(Stopped):
-        calibrate(small, IDS, path=path, settings=WHOLE, progress=stop_at(7 * 9 + 1))
+    stopped(small, path, at=7 * 9 + 1)
     told: list[int] = []
     made = calibrate(small, IDS, path=path, settings=WHOLE, progress=lambda name, done, total: told.append(done))
     assert told[0] == 6 * 9 + 1
@@ -120,31 +86,124 @@ def test_a_bound_too_small_says_what_to_do(small: Program):
 
 def test_other_work_in_progress_is_begun_anew(small: Program, tmp_path: Path):
     path = tmp_path / "s.safetensors"
-    with pytest.raises(Stopped):
-        calibrate(small, IDS[:100], path=path, settings=GROUPS, progress=stop_at(40))
+    stopped(small, path, GROUPS, ids=IDS[:100])
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"s.safetensors.part{n}" for n in range(3)]
     made = calibrate(small, IDS, path=path, settings=WHOLE)
-    assert "s.safetensors.part0 is of another run: begun anew" in made.notes
+    assert "s.safetensors.part0 is of another run (other tokens): begun anew" in made.notes
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
     assert bits(made) == bits(calibrate(small, IDS, settings=WHOLE))
 
 
-def test_a_damaged_part_is_begun_anew(small: Program, tmp_path: Path):
-    path, part = tmp_path / "s.safetensors", tmp_path / "s.safetensors.part0"
-    with pytest.raises(Stopped):
-        calibrate(small, IDS, path=path, settings=WHOLE, progress=stop_at(40))
-    part.write_bytes(part.read_bytes()[:5000])
+def test_another_bound_of_memory_is_said(small: Program, tmp_path: Path):
+    """Sums in other groups are no beginning of these; the result, which is the same, is taken by either."""
+    path = tmp_path / "s.safetensors"
+    stopped(small, path, GROUPS)
     made = calibrate(small, IDS, path=path, settings=WHOLE)
+    said = "s.safetensors.part0 sums up other values, as the bound of memory was another: begun anew"
+    assert said in made.notes
+    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
     assert bits(made) == bits(calibrate(small, IDS, settings=WHOLE))
+
+
+@pytest.mark.parametrize("memory", [30_000, 60_000])
+def test_finished_statistics_serve_under_any_bound_of_memory(small: Program, tmp_path: Path, memory: int):
+    path, told = tmp_path / "s.safetensors", []
+    made = calibrate(small, IDS, path=path, settings=GROUPS)
+    for settings in (WHOLE, replace(GROUPS, memory=memory, every=1)):
+        again = calibrate(small, IDS, path=path, settings=settings, progress=lambda *at: told.append(at))
+        assert again.digest == made.digest == calibrate(small, IDS, settings=WHOLE).digest
+        assert bits(again) == bits(made)
+    assert told == []
+
+
+def test_the_bound_on_a_gpu_does_not_follow_every_megabyte(monkeypatch: pytest.MonkeyPatch, small: Program):
+    total, bounds = 140 << 30, []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(building, "calibrate", lambda *args, settings, **options: bounds.append(settings.memory))
+    for free in (138 << 30, (138 << 30) - (700 << 20), 70 << 30, 3 << 30):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, total))
+        building.Calibration(IDS)(small, True)
+        assert free // 4 < bounds[-1] <= free // 2
+    assert bounds[0] == bounds[1] > bounds[2] > bounds[3]
+
+
+def shortened(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def zeroed(file: Path) -> None:
+    """4,000 bytes of sums are lost; it is as long as before and reads well."""
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    assert any(content[middle : middle + 4000])
+    content[middle : middle + 4000] = bytes(4000)
+    file.write_bytes(content)
+
+
+def miscounted(file: Path) -> None:
+    """One digit of what the file says of itself, how many windows or tokens it has seen."""
+    content = file.read_bytes()
+    found = re.search(rb'("done": "|tokens\\": )(?=\d)', content)
+    assert found is not None
+    digit = content[found.end()]
+    file.write_bytes(content[: found.end()] + bytes([digit ^ 1]) + content[found.end() + 1 :])
+
+
+@pytest.mark.parametrize("settings", [WHOLE, GROUPS], ids=["whole", "groups"])
+@pytest.mark.parametrize("damage", [shortened, zeroed, miscounted])
+def test_a_damaged_part_is_begun_anew(
+    small: Program, tmp_path: Path, damage: Callable[[Path], None], settings: Settings
+):
+    path = tmp_path / "s.safetensors"
+    stopped(small, path, settings, at=70)
+    damage(tmp_path / "s.safetensors.part0")
+    made = calibrate(small, IDS, path=path, settings=settings)
+    assert "s.safetensors.part0 is damaged: begun anew" in made.notes
+    assert ("went on after 10 windows" in made.notes) == (settings is GROUPS)  # the next part is whole
+    assert bits(made) == bits(calibrate(small, IDS, settings=WHOLE))
+
+
+def test_damage_to_finished_statistics_is_told_when_it_is_met(small: Program, tmp_path: Path):
+    path = tmp_path / "s.safetensors"
+    made = calibrate(small, IDS, path=path, settings=WHOLE)
+    whole = {name: made.second_moment(name) for name in made.entries}
+    zeroed(path)
+    with safe_open(path, "pt") as file:
+        hurt = [name for name in whole if not torch.equal(file.get_tensor(f"{name}.second"), whole[name])]
+    assert len(hurt) in (1, 2)
+    for read in (Statistics.load(path), calibrate(small, path), calibrate(small, IDS, path=path, settings=WHOLE)):
+        for name in hurt:
+            said = f"file {str(path)!r} is damaged.*the SHA-256 of '{name}.second' is .*remove it and calibrate again"
+            with pytest.raises(InputError, match=said):
+                read.diagonal(name)
+        assert all(torch.equal(read.second_moment(name), whole[name]) for name in whole if name not in hurt)
+
+
+def test_damage_to_what_statistics_say_of_themselves_is_told(small: Program, tmp_path: Path):
+    path = tmp_path / "s.safetensors"
+    calibrate(small, IDS, path=path, settings=WHOLE)
+    miscounted(path)
+    for source, kept in ((path, None), (IDS, path)):
+        with pytest.raises(InputError, match=r"s\.safetensors' is damaged.* of its metadata is .*calibrate again"):
+            calibrate(small, source, path=kept, settings=WHOLE)
+
+
+def test_statistics_of_another_version_are_told(small: Program, tmp_path: Path):
+    path = tmp_path / "s.safetensors"
+    save_file({"x.second": torch.ones(2, 2)}, path, {"format": "llmopt statistics 1", "statistics": "{}"})
+    for source, kept in ((path, None), (IDS, path)):
+        with pytest.raises(InputError, match=r"holds 'llmopt statistics 1', wanted .*another version"):
+            calibrate(small, source, path=kept, settings=WHOLE)
 
 
 def test_finished_statistics_are_not_overwritten(small: Program, tmp_path: Path):
     path = tmp_path / "s.safetensors"
     calibrate(small, IDS, path=path, settings=WHOLE)
     before = path.read_bytes()
-    with pytest.raises(InputError, match="other tokens, settings or values"):
+    with pytest.raises(InputError, match="made otherwise: other tokens; give another name"):
         calibrate(small, IDS[1:], path=path, settings=WHOLE)
-    with pytest.raises(InputError, match="other tokens, settings or values"):
+    with pytest.raises(InputError, match="made otherwise: second_moments True, wanted False; give another name"):
         calibrate(small, IDS, path=path, settings=Settings(window=20, second_moments=False))
     assert path.read_bytes() == before
     save_file({"a": torch.ones(3)}, tmp_path / "t.safetensors")
@@ -164,7 +223,7 @@ def test_saved_statistics_are_a_source(small: Program, tmp_path: Path):
         name = "model.layers.0.mlp.down_proj.weight"
         assert torch.equal(file.get_tensor(f"{name}.second"), made.second_moment(name))
     with pytest.raises(InputError, match="another model"):
-        calibrate(run(llama(bias=True), RaiseAten(), Canonicalize())[0], tmp_path / "s.safetensors")
+        calibrate(raised(llama(bias=True)), tmp_path / "s.safetensors")
 
 
 @pytest.mark.parametrize("name", ["s.bin", "missing/s.safetensors", "folder.safetensors"])
@@ -184,4 +243,6 @@ def test_files_that_are_no_statistics(tmp_path: Path):
         with pytest.raises(InputError, match="no finished statistics"):
             Statistics.load(tmp_path / name)
     with pytest.raises(InputError, match="cannot be written"):
-        Statistics("", "", {}, {}, True).save(tmp_path / "missing" / "s.safetensors")
+        Statistics(Origin(Fingerprint({}, {}), {}), {}, {}, True).save(tmp_path / "missing" / "s.safetensors")
+    with pytest.raises(InputError, match="holds no statistics"):
+        StoredTensors(tmp_path / "t.safetensors")
