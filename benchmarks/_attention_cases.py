@@ -105,7 +105,15 @@ def _word(heads: Heads) -> str:
 def constants(heads: Heads, page: int, config: Mapping[str, Any], pdl: bool = True) -> dict[str, Any]:
     """Every constant of the decoding kernel, and how it is launched."""
     made = {name: getattr(hooks(), f"{name[-1].lower()}_{_word(heads)}") for name in ("LOAD_Q", "LOAD_K", "LOAD_V")}
-    settings = {"PAGE": page, "SCALE": heads.D**-0.5, "WINDOW": 0, "SOFTCAP": 0.0, "PDL": pdl, "launch_pdl": pdl}
+    settings = {
+        "PAGE": page,
+        "SCALE": heads.D**-0.5,
+        "WINDOW": 0,
+        "SOFTCAP": 0.0,
+        "ORDER": 0,
+        "PDL": pdl,
+        "launch_pdl": pdl,
+    }
     return {**heads.shape, **settings, **made, **config}
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmopt.codegen.kernel import Kernel
-from llmopt.codegen.lowbit_layout import Laid, constants, in_order, lay, own
+from llmopt.codegen.lowbit_layout import Laid, constants, in_order, lay
 from llmopt.codegen.templates import lowbit
 from llmopt.compiler.quant.packing import pack
 from llmopt.compiler.quant.quantize import dequantize
@@ -21,7 +21,6 @@ from llmopt.compiler.target import Target
 H200 = Target.parse("cuda:sm_90")
 COPIED = 400e6  # bytes of rotating weights, more than any cache holds
 FEWEST = 6  # copies, at least
-ORDERED_AT_ONCE = 1024  # columns of x
 SHAPES = ("gate_up", "down", "o", "qkv")
 
 
@@ -29,8 +28,7 @@ SHAPES = ("gate_up", "down", "o", "qkv")
 class Shape:
     """One product: w [parts * J, K]; x has `stride` elements a token; the result is added to a residual or gated.
 
-    `ordered`: the kernel is given x in wgmma's order. Behind a norm x is brought there beforehand, as the norm's kernel
-    would write it; elsewhere a kernel does that, which counts.
+    `ordered`: the kernel is given x in wgmma's order, behind its norm, as what comes before it in a step writes it.
     """
 
     model: str
@@ -105,18 +103,6 @@ def gated(a, b, m, n, ok, e0, e1, e2, e3, e4, e5):
 """
 
 
-_ORDER = """
-import triton
-import triton.language as tl
-
-@triton.jit
-def order(r, c, rows_ok, N, e0, e1, e2, e3, e4, e5, e6, e7, o0, o1, o2, o3):
-    place = c // {block} * {block} + c % {own} // 8 * 32 + c % 8 // 2 * 8 + c % {block} // {own} * 2 + c % 2
-    ok = rows_ok & (c < {K})
-    tl.store(o0 + r * {K} + place, tl.load(e0 + r * {stride} + c, mask=ok), mask=ok)
-"""
-
-
 @dataclass(frozen=True)
 class Variant:
     """The template's kernel for a scheme and shape under some constants; `pdl` 0 or 1."""
@@ -153,22 +139,12 @@ class Variant:
         launch = {name: config.pop(name) for name in ("num_warps", "num_stages")}
         fixed = {
             **dict.fromkeys(absent), **told, "K": s.K, "J": s.J, "OFFSET0": 0, "OFFSET1": s.J if s.parts == 2 else 0,
-            "PARTS": s.parts, "NORM": norm, "ORDERED": s.ordered, "EPS": 1e-5, **config, "PDL": self.pdl,
+            "PARTS": s.parts, "NORM": norm, "ORDERED": s.ordered, "ORDER": 0, "EPS": 1e-5, **config,
+            "PDL": self.pdl,
         }  # fmt: skip
         source = _HOOKS.format(stride=s.K if s.ordered else s.stride or s.K, J=s.J)
         return Kernel("lowbit:lowbit", tuple(types), tuple(fixed.items()), tuple(hooks.items()), source,
                       pdl=bool(self.pdl), **launch)  # fmt: skip
-
-    def order(self) -> Kernel | None:
-        """What brings x [N, K] into order, if that counts."""
-        s, width = self.shape, own(SCHEMES[self.scheme])
-        if not s.ordered or s.norm:
-            return None
-        source = _ORDER.format(block=4 * width, own=width, K=s.K, stride=s.stride or s.K)
-        absent = dict.fromkeys([*(f"e{i}" for i in range(1, 8)), "o1", "o2", "o3"])
-        fixed = {**absent, "ROWS_PER_TOKEN": 1, "ROWS": 1, "BLOCK": ORDERED_AT_ONCE, "EARLY": 1, "PDL": self.pdl}
-        types = ("e0", "*bf16"), ("o0", "*bf16"), ("N", "i32")
-        return Kernel("rows:rows", types, tuple(fixed.items()), (("BODY", "order"),), source, 2, pdl=bool(self.pdl))
 
     def grid(self) -> tuple[int, ...]:
         """Programs."""

@@ -17,7 +17,7 @@ from llmopt.compiler.errors import BuildError
 
 def compile_all(wanted: list[Variant], workers: int, seconds: float) -> None:
     """Fill the cache, most wanted first; what does not compile is said and left out."""
-    kernels = list(dict.fromkeys(k for v in wanted for k in (v.kernel(), v.order()) if k is not None))
+    kernels = list(dict.fromkeys(v.kernel() for v in wanted))
     todo: queue.SimpleQueue[Kernel] = queue.SimpleQueue()
     for kernel in kernels:
         if not there(kernel):

@@ -33,7 +33,6 @@ from _lowbit_cases import (
     COPIED,
     H200,
     MODELS,
-    ORDERED_AT_ONCE,
     SHAPES,
     Operands,
     Shape,
@@ -66,16 +65,12 @@ def jobs(models: Iterable[str]) -> list[Job]:
         shapes = [MODELS[model][name] for name in SHAPES]
         alone = [shape.plain() for shape in shapes]
         ordered = [shape.given_order() for shape in shapes]
-        four_bits, behind_norms = ("nvfp4", "int4_g128", "mxfp4"), {"gate_up", "qkv"}
+        four_bits, more = ("nvfp4", "int4_g128", "mxfp4"), ("mxfp6_e2m3", "fp8_channel", "mxfp8", "int8")
         found += [(scheme, shape, 1) for scheme in four_bits for shape in shapes]
         found += [("nvfp4", shape, 1) for shape in alone]
-        found += [(scheme, shape, 64) for scheme in four_bits for shape in ordered]
-        mixed = [shape.given_order() if shape.name in behind_norms else shape for shape in shapes]
-        found += [(scheme, shape, tokens) for tokens in (32, 16) for scheme in four_bits for shape in mixed]
-        more = ("mxfp6_e2m3", "fp8_channel", "mxfp8", "int8")
+        found += [(scheme, shape, tokens) for tokens in (64, 32, 16) for scheme in four_bits for shape in ordered]
         found += [(scheme, shape, n) for n, shape in ((1, shapes[0]), (16, ordered[0])) for scheme in more]
         found += [("nvfp4", shape, 8) for shape in shapes]
-        found += [("nvfp4", shapes[0], 16), ("nvfp4", ordered[1], 32), ("nvfp4", shapes[2], 64)]
     return found
 
 
@@ -124,14 +119,8 @@ class Bench:
     def launch(self, variant: Variant) -> Callable[..., None]:
         """launch(laid, y, operands beside, tokens)."""
         run, grid, scratch = self.ready(variant.kernel()), variant.grid(), variant.scratch(self.device)
-        first, K = variant.order(), variant.shape.K
-        order = None if first is None else self.ready(first)
-        held = torch.empty(64, K, device=self.device, dtype=torch.bfloat16)
 
         def call(laid: Laid, y: torch.Tensor, beside: list[torch.Tensor], tokens: int, run: Launch = run) -> None:
-            if order is not None:
-                order((tokens, -(-K // ORDERED_AT_ONCE)), [beside[0], held, tokens])
-                beside = [held, *beside[1:]]
             run(grid, [*tensors(laid), y, *beside, tokens, *scratch])
 
         return call
@@ -139,8 +128,7 @@ class Bench:
     def beside(self, variant: Variant) -> list[torch.Tensor]:
         """What a launch of the variant reads besides weights."""
         operands = self.of(variant.scheme, variant.shape)[1]
-        shape = variant.shape
-        return operands.normed(KINDS[variant.scheme]) if shape.ordered and shape.norm else operands.beside()
+        return operands.normed(KINDS[variant.scheme]) if variant.shape.ordered else operands.beside()
 
     def fault(self, variant: Variant, call: Callable[..., None], tokens: int) -> tuple[str | None, float]:
         """What is wrong with a variant's results, and its error relative to fp64."""

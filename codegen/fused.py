@@ -13,6 +13,8 @@ tiles of queries, and what stands before and behind them are kernels over rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from llmopt.codegen.fused_attention import attention, many_attention
 from llmopt.codegen.fused_product import many_product, product
 from llmopt.codegen.fused_region import FusedRegion
@@ -24,9 +26,10 @@ from llmopt.compiler.target import Target
 MANY = "many"
 
 
-def region_code(graph: Graph, shape: str, target: Target) -> RegionCode:
-    """The code of a region for a class of shapes. Raises BuildError: no template takes it as it is."""
-    region = FusedRegion.of(graph, target)
+def region_code(graph: Graph, shape: str, target: Target, ordered: Mapping[str, int] | None = None) -> RegionCode:
+    """The code of a region for a class of shapes; `ordered`: its arguments that `handed_over` says stand in order.
+    Raises BuildError: no template takes it as it is."""
+    region = FusedRegion.of(graph, target, ordered)
     try:
         if list(region.graph.calls("attend")):
             many_attention(region) if shape == MANY else attention(region, int(shape))

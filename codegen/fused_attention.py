@@ -119,7 +119,8 @@ def _kernel(region: FusedRegion, attend: fx.Node, made: Sequence[fx.Node], token
         *passed(region, operands),
         *((name, "i32", name) for name in ("N", "M", "SPLITS")),
     ]
-    return call_of(template, heads, config, arguments, {**constants, "PDL": region.pdl}, hooks)
+    more: dict[str, Scalar] = {"ORDER": region.ordered.get(str(out[2]), 0), "PDL": region.pdl}
+    return call_of(template, heads, config, arguments, {**constants, **more}, hooks)
 
 
 def many_attention(region: FusedRegion) -> None:

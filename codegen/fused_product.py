@@ -33,6 +33,8 @@ def product(region: FusedRegion, tokens: int) -> None:
     try:
         region.calls.append(_kernel(region, linear, tokens))
     except EmitError as error:
+        if region.ordered:  # its neighbours count on it
+            raise
         region.notes.append(f"torch multiplies, between kernels over rows: {error}")
         del region.calls[:], region.temporaries[:], region.prepared[:]
         many_product(region)
@@ -43,8 +45,10 @@ def _kernel(region: FusedRegion, linear: fx.Node, tokens: int) -> Call:
     x, norm = _operand(linear)
     sizes = {"K": columns(linear), "N": tokens, "NORM": int(norm is not None)}
     if op_name(linear) == "quantized_linear":
-        sizes["ORDERED"] = int(template_of("lowbit:lowbit").ordered(sizes, scheme(linear), region.target))
-        if sizes["ORDERED"]:
+        given = norm is None and region.place(x) in region.ordered
+        ordered = given or template_of("lowbit").ordered(sizes, scheme(linear), region.target)
+        sizes["ORDERED"] = int(ordered)
+        if ordered and not given:
             sizes["NORM"], x, norm = 0, ordered_operand(region, linear), None
     operands = Operands()
     load_x = load_x_hook(operands, x, region.stored)
@@ -69,6 +73,8 @@ def _kernel(region: FusedRegion, linear: fx.Node, tokens: int) -> Call:
         "EPS": 0.0 if norm is None else float(norm.args[2]),  # type: ignore[arg-type]
         "PDL": region.pdl,
     }
+    if template == "lowbit:lowbit":
+        constants["ORDER"] = region.ordered.get("out0", 0)
     hooks = {"LOAD_X": load_x, "LOAD_G": load_g, "EPILOGUE": epilogue}
     return call_of(template, sizes, config, arguments, constants, hooks)
 

@@ -36,15 +36,17 @@ class FusedRegion:
     temporaries: list[Buffer] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     prepared: list[Prepared] = field(default_factory=list)
+    ordered: Mapping[str, int] = field(default_factory=dict)  # arguments whose columns stand in `order.place`'s order
 
     @classmethod
-    def of(cls, graph: Graph, target: Target) -> FusedRegion:
+    def of(cls, graph: Graph, target: Target, ordered: Mapping[str, int] | None = None) -> FusedRegion:
         """A region as it stands, without code."""
         graph = graph.copy()
         for node in filter(is_product, list(graph.calls())):
             _split_bias(graph, node)
         region = cls(graph, target, {n: f"in{i}" for i, n in enumerate(graph.inputs())}, ())
         region.outputs = tuple(region.output(n) for n in graph.outputs())
+        region.ordered = ordered or {}
         return region
 
     def products(self) -> list[fx.Node]:

@@ -42,6 +42,7 @@ class GpuCode:
         self.program, self.target = program, target
         self.codes: dict[tuple[str, str], RegionCode] = dict(codes or {})
         self.cubins: dict[str, Any] = dict(cubins or {})  # by Kernel.digest()
+        self._handed_over: dict[str, dict[tuple[str, str], int]] = {}  # by class
 
     def names(self) -> list[str]:
         """The regions the step calls, in first-call order, and `sample`, which ends a decoding step."""
@@ -95,8 +96,22 @@ class GpuCode:
 
     def _region(self, name: str, shape: str) -> RegionCode:
         from llmopt.codegen.fused import region_code  # templates import Triton
+        from llmopt.codegen.handed import of_region
 
-        return region_code(self.program.graph(name), shape, self.target)
+        return region_code(self.program.graph(name), shape, self.target, of_region(self._handed(shape), name))
+
+    def _handed(self, shape: str) -> dict[tuple[str, str], int]:
+        """What regions hand over in an order that suits the next one, in a decoding step of this class."""
+        if shape == MANY:
+            return {}
+        if shape not in self._handed_over:
+            from llmopt.codegen.fused import region_code
+            from llmopt.codegen.handed import handed_over
+
+            plain = functools.cache(lambda name: region_code(self.program.graph(name), shape, self.target))
+            found = handed_over(self.program.graph("step"), self.program.graph, plain, int(shape), self.target)
+            self._handed_over[shape] = found
+        return self._handed_over[shape]
 
     def _sampling(self) -> RegionCode:
         (logits,) = self.program.graph("step").outputs()

@@ -31,6 +31,7 @@ class Case:
     added: bool = False
     skip: int = 0
     ordered: int = 0
+    order: int = 0
 
     def sizes(self, tokens: int) -> dict[str, int]:
         """What the template's `configs` reads."""
@@ -50,7 +51,7 @@ class Case:
             **{name: None for name in absent if name not in dict(types)}, **of_scheme, "K": self.K, "J": self.J,
             "OFFSET0": self.skip, "OFFSET1": self.skip + self.J, "PARTS": self.parts, "NORM": self.norm,
             "ORDERED": self.ordered, "EPS": EPS,
-            **config, "PDL": pdl,
+            "ORDER": self.order, **config, "PDL": pdl,
         }  # fmt: skip
         hooks = {"LOAD_X": "load_x", "EPILOGUE": "gated" if self.parts == 2 else "added" if self.added else "plain"}
         if self.norm:

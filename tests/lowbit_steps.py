@@ -57,6 +57,7 @@ class Case:
             linear.weight.data.copy_(part)
 
 
+SCHEME_OF = {"nvfp4": "nvfp4", "mxfp4": "mxfp4", "int4": "int4_g128"}
 BIASES = (("attention_bias", True), ("mlp_bias", True))
 CASES = (
     Case("nvfp4", "nvfp4"),
@@ -65,6 +66,10 @@ CASES = (
     Case("int4-asym", "int4_g128_asym", BIASES),
     Case("fp8", "fp8_channel", (("intermediate_size", 40),)),  # halves that end inside a stripe of rows
 )
+
+# attention and gate|up hand their results over in the order that the next product wants
+HANDED = (("hidden_size", 128), ("head_dim", 32), ("intermediate_size", 256), ("num_hidden_layers", 2))
+HANDED_CASES = tuple(Case(recipe, SCHEME_OF[recipe], HANDED) for recipe in ("nvfp4", "mxfp4", "int4"))
 
 
 @cache
@@ -109,9 +114,9 @@ def decoded(session: Session, prompts: list[list[int]]) -> Tensor:
     return step
 
 
-def errors(case: Case, session: Session) -> dict[str, float]:
-    """Of logits against fp64, in the norm: of a prompt's tokens, of one decoded alone, of some decoded together."""
-    prompts = [[*ragged(n)[0], 7] for n in PROMPTS]
+def errors(case: Case, session: Session, lengths: tuple[int, ...] = PROMPTS) -> dict[str, float]:
+    """Of logits against fp64, in the norm: of a prompt's tokens, of one decoded alone, of all decoded together."""
+    prompts = [[*ragged(n)[0], 7] for n in lengths]
     exact = case.exact()
     with torch.no_grad():
         truth = [exact(torch.tensor([p]), use_cache=False).logits[0] for p in prompts]

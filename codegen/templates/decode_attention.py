@@ -36,6 +36,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from llmopt.codegen.templates.order import place
 from llmopt.codegen.templates.paged import dot, drain, key_rows, logits, rows
 from llmopt.compiler.emittable import why_no_attention
 from llmopt.compiler.target import Target
@@ -72,7 +73,7 @@ def _step(
 
 @triton.jit
 def _combine(partial, lse, out, n, h, parts, SPLITS, HQ: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr,
-             BLOCK_S: tl.constexpr):  # fmt: skip
+             BLOCK_S: tl.constexpr, ORDER: tl.constexpr):  # fmt: skip
     # partial [N, HQ, SPLITS, DV], lse [N, HQ, SPLITS, 2]; all of the first `parts` hold something
     G: tl.constexpr = HQ // HKV
     g = tl.arange(0, triton.next_power_of_2(G))
@@ -102,7 +103,17 @@ def _combine(partial, lse, out, n, h, parts, SPLITS, HQ: tl.constexpr, HKV: tl.c
         acc = acc * shrink[:, None] + tl.sum(results * tl.trans(weights)[:, :, None], 0)
         m = top
     value = acc / tl.where(g < G, mass, 1.0)[:, None]
-    tl.store(out + (head[:, None] * DV + d[None, :]), value.to(out.dtype.element_ty), mask=inside)
+    at = _place(n, head, d, HQ, DV, ORDER)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _place(n, head, d, HQ: tl.constexpr, DV: tl.constexpr, ORDER: tl.constexpr):
+    # of channel d [D] of head [H], counted through all tokens
+    if ORDER == 0:
+        return head[:, None] * DV + d[None, :]
+    else:
+        return n * (HQ * DV) + place((head - n * HQ)[:, None] * DV + d[None, :], ORDER)
 
 
 @triton.jit
@@ -180,8 +191,9 @@ def decode_attention(  # noqa: C901
     k_pages, v_pages, tables, positions, slots, sinks, out, partial, lse, tickets, e0, e1, e2, e3, e4, e5, N, M, SPLITS,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr, LOAD_V: tl.constexpr,
-    BLOCK_T: tl.constexpr, LEAST: tl.constexpr, SWAP: tl.constexpr, PEEL: tl.constexpr, AHEAD: tl.constexpr,
-    EARLY: tl.constexpr, WIDE: tl.constexpr, DRAIN: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+    ORDER: tl.constexpr, BLOCK_T: tl.constexpr, LEAST: tl.constexpr, SWAP: tl.constexpr, PEEL: tl.constexpr,
+    AHEAD: tl.constexpr, EARLY: tl.constexpr, WIDE: tl.constexpr, DRAIN: tl.constexpr, BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out [N, HQ * DV] of token n = row n of tables [., M]; grid (N, HKV, SPLITS).
 
@@ -193,7 +205,8 @@ def decode_attention(  # noqa: C901
     else after the last load of keys, since programs of it that come while several of this one share a multiprocessor
     leave the multiprocessors with unequal work (H200: with 64 parts 20 % slower, with 16 a step is 1 to 2 % faster).
     WIDE: the token's own key and value are made anew for each query head, which costs loads, and spares the threads of
-    several warps an exchange. DRAIN: products of a tile have ended before the next one's begin.
+    several warps an exchange. DRAIN: products of a tile have ended before the next one's begin. ORDER: `order.place`'s
+    OWN of the columns of out.
     """
     if PDL and EARLY:
         _let_next_start(SPLITS <= FEW)
@@ -257,11 +270,12 @@ def decode_attention(  # noqa: C901
     if split < parts:
         if parts == 1:
             value = (acc / mass[:, None]).to(out.dtype.element_ty)
-            tl.store(out + (heads[:, None] * DV + dv[None, :]), value, mask=real[:, None] & (dv < DV)[None, :])
+            at = _place(n, heads, dv, HQ, DV, ORDER)
+            tl.store(out + at, value, mask=real[:, None] & (dv < DV)[None, :])
         else:
             _part(partial, lse, m, mass, acc, heads * SPLITS + split, real, DV)
             if tl.atomic_add(tickets + (n * HKV + h), 1, sem="acq_rel") == parts - 1:
-                _combine(partial, lse, out, n, h, parts, SPLITS, HQ, HKV, DV, BLOCK_S)
+                _combine(partial, lse, out, n, h, parts, SPLITS, HQ, HKV, DV, BLOCK_S, ORDER)
                 tl.store(tickets + (n * HKV + h), 0)
 
 

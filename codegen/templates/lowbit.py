@@ -28,6 +28,7 @@ from llmopt.codegen.templates.lowbit_tile import (
     operand,
     placed,
 )
+from llmopt.codegen.templates.order import place
 from llmopt.codegen.templates.paged import drain
 from llmopt.compiler.emittable import LONGEST_ROW
 from llmopt.compiler.quant.schemes import SCHEMES
@@ -87,7 +88,7 @@ def _squares(x):
 def _finish(
     acc0, acc1, squares, first, factor0, factor1, y, e0, e1, e2, e3, e4, e5, N,
     K: tl.constexpr, J: tl.constexpr, PARTS: tl.constexpr, FACTORS: tl.constexpr, NORM: tl.constexpr,
-    EPS: tl.constexpr, EPILOGUE: tl.constexpr,
+    EPS: tl.constexpr, EPILOGUE: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     m = tl.arange(0, acc0.shape[1])[None, :]
     n = first + tl.arange(0, acc0.shape[0])[:, None]
@@ -104,7 +105,7 @@ def _finish(
         acc1 = acc0
     ok = (m < N) & (n < J)
     value = EPILOGUE(acc0, acc1, m, n, ok, e0, e1, e2, e3, e4, e5)
-    tl.store(y + m * J + n, value.to(y.dtype.element_ty), mask=ok)
+    tl.store(y + m * J + place(n, ORDER), value.to(y.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -113,8 +114,8 @@ def lowbit(  # noqa: C901
     ELEMENT: tl.constexpr, SIDE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, FACTORS: tl.constexpr,
     K: tl.constexpr, J: tl.constexpr, OFFSET0: tl.constexpr, OFFSET1: tl.constexpr, PARTS: tl.constexpr,
     NORM: tl.constexpr, ORDERED: tl.constexpr, EPS: tl.constexpr, LOAD_X: tl.constexpr, LOAD_G: tl.constexpr,
-    EPILOGUE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, SLICES: tl.constexpr,
-    UNROLL: tl.constexpr, SPLIT_K: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    EPILOGUE: tl.constexpr, ORDER: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    SLICES: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[m, j] = EPILOGUE of row OFFSET0 + j (and OFFSET1 + j) of W [F, K] with X[m], m < N <= max(BLOCK_M, 8).
 
@@ -125,7 +126,8 @@ def lowbit(  # noqa: C901
     which SLICES warps share; UNROLL is 1 unless SIDE is "sums". Grid (cdiv(J, BLOCK_J), SPLIT_K). With SPLIT_K > 1:
     tickets i32 [cdiv(J, BLOCK_J)], zero before and after, partial fp32 [cdiv(J, BLOCK_J) * SPLIT_K * (PARTS * BLOCK_J +
     NORM) * max(BLOCK_M, 8)]. WIDE: wgmma, whose products of a step end before the next step's weights are made; then
-    ORDERED says that LOAD_X's columns stand as `lowbit_layout.in_order` puts them.
+    ORDERED says that LOAD_X's columns stand as `lowbit_layout.in_order` puts them. ORDER: y's columns are to stand so,
+    for weights of which a lane has so many neighbours; 0: as they are.
     """
     OWN: tl.constexpr = GROUP if SIDE == "weights" else 8
     KP: tl.constexpr = (K + 255) // 256 * 256
@@ -191,7 +193,7 @@ def lowbit(  # noqa: C901
             acc1 = tl.sum(acc1, axis=0)
     if SPLIT_K == 1:
         _finish(acc0, acc1, square, first, factor0, factor1, y, e0, e1, e2, e3, e4, e5, N,
-                K, J, PARTS, FACTORS, NORM, EPS, EPILOGUE)  # fmt: skip
+                K, J, PARTS, FACTORS, NORM, EPS, EPILOGUE, ORDER)  # fmt: skip
     else:
         SIZE: tl.constexpr = (PARTS * BLOCK_J + NORM) * COLUMNS
         column = tl.arange(0, COLUMNS)
@@ -219,7 +221,7 @@ def lowbit(  # noqa: C901
                 if NORM:
                     square += tl.load(theirs + PARTS * BLOCK_J * COLUMNS + column, cache_modifier=".cg")
             _finish(acc0, acc1, square, first, factor0, factor1, y, e0, e1, e2, e3, e4, e5, N,
-                    K, J, PARTS, FACTORS, NORM, EPS, EPILOGUE)  # fmt: skip
+                    K, J, PARTS, FACTORS, NORM, EPS, EPILOGUE, ORDER)  # fmt: skip
             tl.store(tickets + tl.program_id(0), 0)
 
 
@@ -237,12 +239,17 @@ def scratch(shape: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int, i
     return tiles, tiles * config["SPLIT_K"] * rows * max(8, config["BLOCK_M"])
 
 
-def ordered(shape: Mapping[str, int], scheme: str, target: Target) -> bool:
-    """Is x, with its norm, worth a kernel of its own that writes it in the order in which wgmma takes its columns?"""
+def takes_order(shape: Mapping[str, int], scheme: str, target: Target) -> bool:
+    """Does the product read x in the order of wgmma, if it has been written so? `shape`: K, N."""
     kind = SCHEMES[scheme]
-    whole = shape["K"] % (4 * own(kind)) == 0 and shape["K"] <= LONGEST_ROW
-    fits = whole and (side(kind) != "sums" or kind.group >= _LEAST)
-    return fits and "wgmma" in target.features and shape["N"] > (8 if shape["NORM"] else 32)
+    whole = shape["K"] % (4 * own(kind)) == 0 and (side(kind) != "sums" or kind.group >= _LEAST)
+    return whole and "wgmma" in target.features and shape["N"] > 8
+
+
+def ordered(shape: Mapping[str, int], scheme: str, target: Target) -> bool:
+    """Is x, with its norm, worth a kernel of its own that writes it in that order? `shape`: K, NORM, N."""
+    worth = shape["N"] > (8 if shape["NORM"] else 32) and shape["K"] <= LONGEST_ROW
+    return worth and takes_order(shape, scheme, target)
 
 
 def supports(shape: Mapping[str, int], scheme: str, target: Target) -> str | None:

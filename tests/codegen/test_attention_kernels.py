@@ -54,7 +54,7 @@ def decoded(
         cache.k, cache.v, cache.tables, at, cache.slots(rows, at), sinks, out, partial, lse, tickets,
         q, cos, sin, k, v, torch.tensor([hq, hkv, d, dv]), n, cache.tables.shape[1], splits,
         HQ=hq, HKV=hkv, D=d, DV=dv, PAGE=case.page, SCALE=case.scale, WINDOW=case.window, SOFTCAP=case.softcap,
-        LOAD_Q=hooks[0], LOAD_K=hooks[1], LOAD_V=cases.plain_v, PDL=False, **used,
+        LOAD_Q=hooks[0], LOAD_K=hooks[1], LOAD_V=cases.plain_v, ORDER=0, PDL=False, **used,
     )  # fmt: skip
     tolerance = TOLERANCE[case.dtype]
     assert (out.view(n, hq, dv).double() - want).abs().max() <= tolerance * want.abs().max()

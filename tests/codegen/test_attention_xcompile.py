@@ -59,7 +59,7 @@ def decoding(
     hooks = (("LOAD_Q", "load_q"), ("LOAD_K", "load_k"), ("LOAD_V", "load_v"))
     return Kernel(
         "decode_attention:decode_attention", tuple(types.items()),
-        (*constants(shape, settings, config), ("PDL", pdl), *none), hooks, HOOKS,
+        (*constants(shape, settings, config), ("ORDER", 0), ("PDL", pdl), *none), hooks, HOOKS,
         config["num_warps"], config["num_stages"], pdl,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lowbit_cases import Case, Data
 
-from llmopt.codegen.lowbit_layout import side
+from llmopt.codegen.lowbit_layout import in_order, own, side
 from llmopt.codegen.templates import lowbit
 from llmopt.compiler.quant.schemes import SCHEMES
 from llmopt.compiler.target import Target
@@ -95,6 +95,18 @@ def test_a_step_of_half_a_word_of_scales(scheme: str, slices: int, tokens: int) 
         half = max(half, 128)  # columns of three words
     wide = {"BLOCK_M": 64, "BLOCK_J": 64, "WIDE": 1} if tokens > 8 else {"BLOCK_M": 1, "BLOCK_J": 16}
     right(data, data.run(config(case, BLOCK_K=half, SLICES=slices, num_warps=slices, **wide)))
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "int4_g128"])
+def test_the_result_may_be_written_in_the_order_of_another_scheme_s_product(scheme: str) -> None:
+    kind = SCHEMES[scheme]
+    case = Case("nvfp4", 256, 256, added=True)
+    plain = Data.of(case, 8).run(config(case))
+    moved = Data.of(replace(case, order=own(kind)), 8).run(config(case))
+    parts, axes = in_order(kind)
+    wanted = plain.unflatten(-1, (-1, *parts)).permute(0, 1, *(2 + axis for axis in axes)).flatten(1)
+    assert not torch.equal(moved, plain)
+    assert torch.equal(moved, wanted)
 
 
 def test_no_element_is_far_off() -> None:
