@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -124,12 +125,58 @@ def inductor_source(
     with faking(mode):
         graph = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
     known = {key: value for key, value in options.items() if _has(config, key)}
-    with config.patch(known), mock.patch.object(AsyncCompile, "cpp_pybinding", record):
+    with _whole_loops(), config.patch(known), mock.patch.object(AsyncCompile, "cpp_pybinding", record):
         compiled = compile_fx_inner(graph, inputs)
     constants = getattr(compiled, "constants", None)
     if constants:
         raise ValueError(f"the graph holds tensor constants ({', '.join(constants)})")
     return graph, getattr(compiled, "source_code", None), kernels
+
+
+@contextlib.contextmanager
+def _whole_loops() -> Iterator[None]:
+    """Inside: Inductor's C++ backend splits a loop only into whole parts, and its caches keep such code apart.
+
+    To be rid of i // d in an index it turns a loop over n into loops over n // d and d, whatever n is, and the last
+    n % d elements are never written (pytorch issue 195582; torch 2.11 to 2.13 have it). One thread at a time, since
+    what is replaced is the process's.
+    """
+    from torch._inductor.codegen.cpp import CppScheduling
+
+    with _COMPILING:
+        split = CppScheduling.try_loop_split
+
+        def split_whole(self: CppScheduling, nodes: Any) -> Any:
+            return split(self, nodes) if _splits_whole(nodes) else nodes
+
+        tag = f"{torch.compiler.config.cache_key_tag} llmopt: loops split whole"
+        with (
+            mock.patch.object(CppScheduling, "try_loop_split", split_whole),
+            torch.compiler.config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
+        ):
+            yield
+
+
+_COMPILING = threading.RLock()
+
+
+def _splits_whole(nodes: Sequence[Any]) -> bool:
+    """Does every loop of these scheduler nodes have a multiple of the steps that its index is divided by?"""
+    from torch._inductor.ir import ComputedBuffer
+    from torch._inductor.virtualized import V
+    from torch.utils._sympy.functions import FloorDiv
+
+    bodies = [node.node.get_default_sizes_body() for node in nodes if isinstance(node.node, ComputedBuffer)]
+    indices = [e for _, body, _ in bodies for e in body.indexing_exprs.values() if hasattr(e, "find")]
+    divisors: dict[Any, set[Any]] = {}
+    for division in (found for index in indices for found in index.find(FloorDiv)):
+        divisors.setdefault(division.args[0], set()).add(division.args[1])
+    return all(
+        V.graph.sizevars.statically_known_multiple_of(size, divisor)
+        for (sizes, _), _, (variables, _) in bodies
+        for variable, size in zip(variables, sizes, strict=True)
+        for divisor in divisors.get(variable, ())
+    )
 
 
 def _has(config: Any, key: str) -> bool:
@@ -192,7 +239,8 @@ def inductor_compile(graph: fx.GraphModule, inputs: Sequence[Any], options: dict
     """Compile a graph through AOTAutograd and Inductor, as torch.compile's own backend does."""
     from torch._inductor.compile_fx import compile_fx
 
-    compiled = compile_fx(graph, list(inputs), config_patches=options)
+    with _whole_loops():
+        compiled = compile_fx(graph, list(inputs), config_patches=options)
     assert callable(compiled)
     return compiled
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -190,7 +191,12 @@ class Recipe:
 
 
 def with_bits(recipe: Recipe, bits: float) -> Recipe:
-    """The recipe with mixed precision of at most `bits` bits a weight, whatever it said of bits."""
+    """The recipe with mixed precision of at most `bits` bits a weight, whatever it said of bits.
+
+    Raises RecipeError: `bits` is no finite number above 0.
+    """
+    if not math.isfinite(bits) or bits <= 0:
+        raise RecipeError(f"bits (--bits) is {bits!r}; wanted a finite number of bits a weight above 0, such as 4.5")
     if all(spec.name != "quantize" for spec in recipe.passes):
         recipe = compose([recipe, RECIPES["mixed"]])
     passes = tuple(

@@ -1,9 +1,10 @@
 """The backend of `torch.compile(model, backend="llmopt", options={...})`, found through its entry point.
 
-Options: `recipe` (a name or a Recipe), `target`, `strict` (an error instead of an unrewritten graph when a graph cannot
-be rewritten), `inductor` (settings for Inductor, as in `torch.compile(options=...)` of that backend). `reports` holds
-what was done to the latest graphs, newest last. With `.generate()` use `model.compile(backend="llmopt")`: what
-`torch.compile(model)` returns hands `generate` to the original model, uncompiled.
+Options: `recipe` (a name or a Recipe), `target`, `strict` (an error instead of a warning when a graph cannot be
+rewritten, or a product not be quantised as the recipe asks), `inductor` (settings for Inductor, as in
+`torch.compile(options=...)` of that backend). `reports` holds what was done to the latest graphs, newest last. With
+`.generate()` use `model.compile(backend="llmopt")`: what `torch.compile(model)` returns hands `generate` to the
+original model, uncompiled.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def llmopt(
     """Compile one of Dynamo's graphs; what torch.compile calls. Raises InputError for a bad option.
 
     Graphs that need gradients run as they are. A graph that cannot be rewritten is compiled unrewritten, with one
-    warning that says why (with `strict`, an error). Results are those of the model, to rounding.
+    warning that says why (with `strict`, an error), and so is a product that the recipe wants quantised and that cannot
+    be. Results are those of the model, to rounding, unless the recipe changes them.
     """
     from llmopt.runtime.dynamo import GraphReport
 
@@ -56,18 +58,38 @@ def llmopt(
         report.fallback = "gradients are wanted"
         _warn_once(
             "gradients",
-            "llmopt compiles for inference, and gradients are on: the model runs as it is, uncompiled. Call it under "
+            "llmopt compiles for inference, and gradients are on: the model runs as it is, uncompiled, whatever the "
+            "recipe asks for. Call it under "
             "torch.no_grad() or torch.inference_mode(), or freeze it with model.requires_grad_(False)",
         )
         return gm.forward
     compiled = compiler.compile(gm, example_inputs, strict, report)
-    if report.fallback is not None:
+    _warn(compiler, report)
+    return compiled
+
+
+def _warn(compiler: FragmentCompiler, report: GraphReport) -> None:
+    """One warning of each kind about what did not happen to a graph."""
+    listed = "llmopt.backend.reports lists all graphs"
+    strict = "options={'strict': True} makes this an error"
+    recipe = f"recipe {report.recipe!r}"
+    if report.fallback is not None and compiler.lossy:
+        _warn_once(
+            "unrewritten",
+            f"llmopt left a graph as it is ({report.fallback}): what {recipe} asks for did not happen in it "
+            f"({compiler.lossy}), and it computes what the model does. {listed}; {strict}",
+        )
+    elif report.fallback is not None:
         _warn_once(
             "unrewritten",
             f"llmopt left a graph unrewritten ({report.fallback}); results are right, but slower than they could be. "
-            "llmopt.backend.reports lists all graphs; options={'strict': True} makes this an error",
+            f"{listed}; {strict}",
         )
-    return compiled
+    if report.unquantised:
+        said = compiler.said_unquantised(report)
+        _warn_once("unquantised", f"{recipe} asks for low-bit weights, and {said}. {listed}; {strict}")
+    for note in report.notes:
+        _warn_once(note, f"llmopt, {recipe}, a graph of the model: {note}. {listed}")
 
 
 def _reset() -> None:

@@ -26,6 +26,7 @@ Either = Annotated[str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="A chec
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="A recipe's name, a .yaml file, or several joined with +.")
 ]
+OwnRecipe = Annotated[str | None, typer.Option("--recipe", "-r", help="As in compile; an artifact has its own.")]
 TargetName = Annotated[
     str | None, typer.Option("--target", "-t", help="What to compile for; this machine if not given.")
 ]
@@ -111,21 +112,23 @@ def run(
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print text as it is made.")] = True,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="As in compile; an artifact has its own.")
-    ] = None,
+    recipe: OwnRecipe = None,
     target: TargetName = None,
     dtype: DType = None,
+    calibration: CalibrationFile = None,
+    statistics: StatisticsFile = None,
+    bits: Bits = None,
     debug: Debug = False,
 ) -> None:
     """Continue prompts with a model or an artifact. The text goes to stdout.
 
     [dim]llmopt run llama.llmopt "def fibonacci(n):" -n 64 --temperature 0.7[/dim]
     """
-    from llmopt.commands.model import Sampling, run_prompts
+    from llmopt.commands.model import Sampling, Wanted, run_prompts
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, stream)
-    run_prompts(model, prompts or [], prompt_file, sampling, recipe, target, dtype)
+    wanted = Wanted(recipe, target, dtype, calibration, statistics, bits)
+    run_prompts(model, prompts or [], prompt_file, sampling, wanted)
 
 
 @app.command()
@@ -141,6 +144,9 @@ def bench(
         str, typer.Option(help="Of hf-eager and hf-inductor, separated by commas.")
     ] = "hf-eager,hf-inductor",
     dtype: DType = "float32",
+    calibration: CalibrationFile = None,
+    statistics: StatisticsFile = None,
+    bits: Bits = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file, too.")] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -150,8 +156,10 @@ def bench(
     [dim]llmopt bench examples/models/pico-llama-4m --batch 1,8 --new-tokens 128[/dim]
     """
     from llmopt.commands.bench import bench_model
+    from llmopt.commands.model import Wanted
 
-    bench_model(model, recipe, batch, new_tokens, prompt_tokens, rounds, peers, dtype, out, as_json)
+    wanted = Wanted(recipe, None, dtype, calibration, statistics, bits)
+    bench_model(model, wanted, batch, new_tokens, prompt_tokens, rounds, peers, out, as_json)
 
 
 @app.command()
@@ -164,9 +172,7 @@ def eval(
             "--data", "-d", metavar="FILE", help="A .safetensors file of `tokens`, a text file, or a folder of them."
         ),
     ],
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="As in compile; an artifact has its own.")
-    ] = None,
+    recipe: OwnRecipe = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -205,7 +211,7 @@ def eval(
 @guarded
 def show(
     model: Either,
-    recipe: RecipeName = "default",
+    recipe: OwnRecipe = None,
     graph: Annotated[
         str | None, typer.Option("--graph", "-g", help="One graph (forward, step, a region); all if not given.")
     ] = None,
@@ -216,6 +222,9 @@ def show(
     extra: With = None,
     target: TargetName = None,
     dtype: DType = None,
+    calibration: CalibrationFile = None,
+    statistics: StatisticsFile = None,
+    bits: Bits = None,
     debug: Debug = False,
 ) -> None:
     """Print a model's graphs as readable code.
@@ -223,8 +232,10 @@ def show(
     [dim]llmopt show examples/models/pico-llama-4m --graph step --after insert-kv-cache[/dim]
     """
     from llmopt.commands.inspect import Subject, show_graphs
+    from llmopt.commands.model import Wanted
 
-    show_graphs(Subject(model, recipe, target, dtype, tuple(extra or ())), graph, after, provenance)
+    wanted = Wanted(recipe, target, dtype, calibration, statistics, bits)
+    show_graphs(Subject(model, wanted, tuple(extra or ())), graph, after, provenance)
 
 
 @app.command()
@@ -234,11 +245,14 @@ def diff(
     other: Annotated[
         str | None, typer.Argument(metavar="[ARTIFACT]", help="With two artifacts: what sets them apart.")
     ] = None,
-    recipe: RecipeName = "default",
+    recipe: OwnRecipe = None,
     pass_name: Annotated[str | None, typer.Option("--pass", "-p", help="This pass only.")] = None,
     extra: With = None,
     target: TargetName = None,
     dtype: DType = None,
+    calibration: CalibrationFile = None,
+    statistics: StatisticsFile = None,
+    bits: Bits = None,
     debug: Debug = False,
 ) -> None:
     """Print what each pass changed, as a unified diff.
@@ -246,11 +260,13 @@ def diff(
     [dim]llmopt diff examples/models/pico-llama-4m --pass raise-aten[/dim]
     """
     from llmopt.commands.inspect import Subject, diff_artifacts, diff_passes
+    from llmopt.commands.model import Wanted
 
+    subject = Subject(model, Wanted(recipe, target, dtype, calibration, statistics, bits), tuple(extra or ()))
     if other is not None:
-        diff_artifacts(model, other)
+        diff_artifacts(subject, other)
     else:
-        diff_passes(Subject(model, recipe, target, dtype, tuple(extra or ())), pass_name)
+        diff_passes(subject, pass_name)
 
 
 @app.command()
@@ -264,6 +280,9 @@ def bisect(
     extra: With = None,
     target: TargetName = None,
     dtype: DType = "float32",
+    calibration: CalibrationFile = None,
+    statistics: StatisticsFile = None,
+    bits: Bits = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -272,19 +291,22 @@ def bisect(
     [dim]llmopt bisect examples/models/pico-llama-4m --with my_rules.py:MyNorm[/dim]
     """
     from llmopt.commands.inspect import Subject, bisect_model
+    from llmopt.commands.model import Wanted
 
-    bisect_model(Subject(model, recipe, target, dtype, tuple(extra or ())), tokens, as_json)
+    wanted = Wanted(recipe, target, dtype, calibration, statistics, bits)
+    bisect_model(Subject(model, wanted, tuple(extra or ())), tokens, as_json)
 
 
 @app.command()
 @guarded
 def kernels(
     model: Either,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="As in compile; an artifact has its own.")
-    ] = None,
+    recipe: OwnRecipe = None,
     target: TargetName = None,
     dtype: DType = None,
+    calibration: CalibrationFile = None,
+    statistics: StatisticsFile = None,
+    bits: Bits = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -293,8 +315,9 @@ def kernels(
     [dim]llmopt kernels meta-llama/Llama-3.2-1B --target cuda:sm_90[/dim]
     """
     from llmopt.commands.kernels import list_kernels
+    from llmopt.commands.model import Wanted
 
-    list_kernels(model, recipe, target, dtype, as_json)
+    list_kernels(model, Wanted(recipe, target, dtype, calibration, statistics, bits), as_json)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import sys
 import traceback
@@ -110,8 +111,17 @@ def say(text: str) -> None:
 
 
 def write_json(data: Any) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(data, indent=2))
+    """One JSON object on stdout; `finite` numbers only."""
+    print(json.dumps(finite(data), indent=2, allow_nan=False))
+
+
+def finite(data: Any) -> Any:
+    """The same data with None for numbers that are infinite or NaN: JSON has neither, and its readers refuse them."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def write_code(text: str) -> None:

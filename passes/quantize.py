@@ -5,89 +5,109 @@
 
 Weights that `canonicalize` has joined are one matrix here, so q, k and v, or gate and up, share a global scale, as
 every runtime that fuses them wants it. A weight is quantised when it is read, on its own, so a model is never held
-twice; what that cost in accuracy is then in the report. The last product, which makes the logits, keeps its weights
-unless `lm_head` names a scheme, as other quantisers leave it by default too.
+twice; what that cost in accuracy is then in the report. The product that makes the logits (`products.head_of`) keeps
+its weights unless `lm_head` names a format, as other quantisers leave it by default too.
+
+Under torch.compile weights stay the module's, and a graph may be any part of a model. Products there that cannot be
+quantised are told as rejected by the rule `UNQUANTISED`.
 """
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from llmopt.compiler import ops
 from llmopt.compiler.calibration_statistics import Statistics
-from llmopt.compiler.errors import InputError, RecipeError, did_you_mean
-from llmopt.compiler.graph import Graph, origin, target_name
+from llmopt.compiler.errors import InputError, PassMatchedNothing
+from llmopt.compiler.graph import Graph, origin, where
 from llmopt.compiler.pipeline import Approx, Context, Pass, PassStats
 from llmopt.compiler.program import Program
-from llmopt.compiler.quant import PRESETS, SCHEMES, scheme_of
-from llmopt.compiler.quant.scales import check_rule
 from llmopt.compiler.quant.storage import PARTS
-from llmopt.passes.quantized_weights import PLAIN, Maker, mixed, store
+from llmopt.passes.products import check_patterns, head_of, known_names, missed, names_of, operand
+from llmopt.passes.quantize_options import LEFT_OUT, Choice, Format, QuantizeOptions, rule_for
+from llmopt.passes.quantized_weights import PLAIN, Budget, Maker, mixed, store, told_averages, told_few
 
-METHODS = ("rtn", "gptq")
+UNQUANTISED = "unquantised"
+HEAD = "makes the logits, and lm_head is not set"
 
 
 @dataclass(frozen=True)
-class Quantize(Pass):
-    """Low-bit weights, and activations; see the module's docstring.
-
-    `weights` and `activations` are schemes (`compiler.quant.SCHEMES`); `scheme` names both by one of
-    compressed-tensors' presets ("NVFP4", "W4A16", ...). `scale` is the rule that chooses scales, with `weighted` each
-    column's error counts by the calibration data's Hessian diagonal; `method` is rtn (round to nearest) or gptq.
-    `bits` instead of a scheme: each weight gets one of `choices`, or none, so that all take at most so many bits a
-    weight. `include` and `exclude` are patterns of weight names (`*.layers.0.*`); a joined weight counts by the names
-    of its parts, too.
-    """
+class Quantize(QuantizeOptions, Pass):
+    """Low-bit weights, and activations; see the module's docstring, and `QuantizeOptions` for the options."""
 
     name: ClassVar[str] = "quantize"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     ensures: ClassVar[frozenset[str]] = frozenset({"quantized"})
     meaning: ClassVar[Approx] = Approx("weights, and activations if asked for, are rounded to a low-bit format")
-
-    scheme: str = ""
-    weights: str = ""
-    activations: str = ""
-    scale: str = "search"
-    method: str = "rtn"
-    weighted: bool = False
-    bits: float = 0.0
-    choices: tuple[str, ...] = ("int4_g128", "mxfp4", "nvfp4", "mxfp6_e2m3", "fp8_channel")
-    lm_head: str = ""
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
+    must_match: ClassVar[bool] = False  # it says so itself: where `bits` leave every weight as it is, nothing is wrong
 
     def run(self, program: Program, context: Context) -> PassStats:
-        """Rewrite the products of every graph. Raises RecipeError (options) and InputError (calibration data)."""
+        """Rewrite the products of every graph.
+
+        Raises RecipeError (options, names that no weight has), InputError (calibration data, a budget too small, an
+        option that torch.compile cannot have) and PassMatchedNothing.
+        """
         stats = PassStats()
-        weights, activations = self.chosen()
+        choice = self.chosen()
+        stats.notes += choice.notes
+        heads = {name: head_of(graph, context.fold_weights) for name, graph in program.graphs.items()}
+        if context.fold_weights or any(heads.values()):  # else it is a part, and names may be those of other parts
+            names = known_names(program)
+            check_patterns("include", self.include, names)
+            check_patterns("exclude", self.exclude, names)
+        # before anything is learned, which may take long
+        budget = self._budget(program, heads["forward"], choice) if choice.schemes and context.fold_weights else None
         maker = self._maker(program, context, stats)
-        schemes = self._mixed(program, maker, stats) if self.bits else {}
-        for graph in program.graphs.values():
-            head = _head(graph)
-            for node in list(graph.calls("linear")):
-                scheme = self.lm_head if node is head else schemes.get(_weight_name(node), weights)
-                why = self._against(node, program, scheme, node is head)
-                if why is None and stats.figures.get(_weight_name(node), {}).get("scheme", scheme) != scheme:
-                    why = "another product keeps its weight in another scheme"
-                if why is not None:
-                    stats.rejected["quantize", why] += 1
-                elif context.rewrites_left != 0:
-                    self._rewrite(
-                        graph, node, program, (scheme, activations), maker if context.fold_weights else None, stats
-                    )
-                    context.spend(1)
+        formats: dict[str, Format] = {}
+        if budget is not None:
+            schemes, costs = mixed(program, budget, maker)
+            stats.figures |= {weight: {"cost": costs[weight][scheme]} for weight, scheme in schemes.items()}
+            formats = {w: Format() if s == PLAIN else Format(s, choice.body.activations) for w, s in schemes.items()}
+        for name, graph in program.graphs.items():
+            self._products(graph, heads[name], program, context, (choice, formats, maker), stats)
+        if budget is not None and formats:
+            left = (str(operand(n).target) for n in program.graph("forward").calls("linear"))
+            everything = dict.fromkeys([*left, *stats.figures])
+            stats.notes.append(told_averages(program, budget.bits, formats, everything, stats.figures))
+        elif stats.rewritten == 0:
+            _nothing(context, stats)
         return stats
+
+    def _products(
+        self,
+        graph: Graph,
+        head: fx.Node | None,
+        program: Program,
+        context: Context,
+        means: tuple[Choice, Mapping[str, Format], Maker],
+        stats: PassStats,
+    ) -> None:
+        choice, formats, maker = means
+        for node in [n for n in graph.calls("linear") if operand(n).op == "get_attr"]:
+            name = str(operand(node).target)
+            wanted = choice.head if node is head else formats.get(name, choice.body)
+            why = self._against(node, program, wanted, node is head)
+            if why is None and stats.figures.get(name, {}).get("scheme", wanted.weights) != wanted.weights:
+                why = "another product keeps its weight in another scheme"
+            if why is not None:
+                stats.rejected["quantize", why] += 1
+            elif context.rewrites_left != 0:
+                self._rewrite(graph, node, program, wanted, maker if context.fold_weights else None, stats)
+                context.spend(1)
+        for node, weight, why in () if context.fold_weights else missed(graph):
+            names = names_of(node, weight, program) or [where(node)]
+            meant = HEAD if node is head and not choice.head.weights else self.left_out(names)
+            stats.rejected[("quantize", meant) if meant else (UNQUANTISED, f"{names[-1]}: {why}")] += 1
 
     def _maker(self, program: Program, context: Context, stats: PassStats) -> Maker:
         found: Statistics | None = None
         wanted = [what for what, on in (("method gptq", self.method == "gptq"), ("weighted", self.weighted),
-                                        ("bits", bool(self.bits))) if on]  # fmt: skip
+                                        ("bits", self.bits is not None)) if on]  # fmt: skip
         if wanted and not context.fold_weights:
             raise InputError(
                 f"pass 'quantize': {' and '.join(wanted)} needs the weights beforehand, which under torch.compile "
@@ -96,72 +116,38 @@ class Quantize(Pass):
         if wanted:
             wanted_by = f"pass 'quantize' with {' and '.join(wanted)}"
             found = context.statistics(program, wanted_by, second_moments=self.method == "gptq")
-            stats.notes += [*found.notes, *_few(found)]
+            stats.notes += [*found.notes, *told_few(found)]
         return Maker(self.method, self.scale, self.weighted, found, stats.notes.append)
 
-    def _mixed(self, program: Program, maker: Maker, stats: PassStats) -> dict[str, str]:
-        graph = program.graph("forward")
-        head = _head(graph)
-        able = [n for n in graph.calls("linear") if n is not head and self._against(n, program, PLAIN, False) is None]
-        names = dict.fromkeys(map(_weight_name, able))  # once each, in order
-        schemes, costs = mixed(program, names, self.choices, self.bits, maker)
-        for name, scheme in schemes.items():
-            stats.figures[name] = {"cost": costs[name][scheme]}
-        return {name: "" if scheme == PLAIN else scheme for name, scheme in schemes.items()}
+    def _budget(self, program: Program, head: fx.Node | None, choice: Choice) -> Budget:
+        """Of the weights that `bits` cover: those of the body's products that are included."""
+        assert self.bits is not None
+        nodes = [n for n in program.graph("forward").calls("linear") if operand(n).op == "get_attr" and n is not head]
+        able = [n for n in nodes if self.left_out(names_of(n, operand(n), program)) is None]
+        names = dict.fromkeys(str(operand(n).target) for n in able)  # once each, in order
+        return Budget.of(program, names, choice.schemes, self.bits)
 
-    def chosen(self) -> tuple[str, str]:
-        """The schemes of weights and activations ("" for none)."""
-        given = [name for name in ("scheme", "weights", "bits") if getattr(self, name)]
-        if len(given) != 1:
-            seen = " and ".join(f"{name} {getattr(self, name)!r}" for name in given) or "nothing"
-            raise RecipeError(
-                f"pass 'quantize' is told {seen} of what weights become; set one of `scheme` (such as NVFP4), "
-                "`weights` (such as nvfp4) and `bits` (bits a weight, such as 4.5)"
-            )
-        if self.method not in METHODS:
-            raise RecipeError(
-                f"pass 'quantize': method {self.method!r} is unknown; {did_you_mean(self.method, METHODS)}"
-            )
-        found = preset(self.scheme) if self.scheme else (self.weights, "")
-        names = [scheme_of(name).name if name else "" for name in (found[0], self.activations or found[1])]
-        for name in filter(None, (names[0], self.lm_head, *(self.choices if self.bits else ()))):
-            check_rule(self.scale, scheme_of(name))
-        return names[0], names[1]
-
-    def _against(self, node: fx.Node, program: Program, scheme: str, is_head: bool) -> str | None:
-        weight = node.args[1]
-        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-            return "the right operand is not a weight"
-        if not scheme:
-            return "makes the logits, and lm_head is not set" if is_head else "no scheme"
-        names = [str(weight.target), *program.origins(str(weight.target))]
-        if not any(fnmatch.fnmatchcase(n, p) for n in names for p in self.include):
-            return "its weight is not included"
-        if any(fnmatch.fnmatchcase(n, p) for n in names for p in self.exclude):
-            return "its weight is excluded"
-        return None
+    def _against(self, node: fx.Node, program: Program, wanted: Format, is_head: bool) -> str | None:
+        if is_head and not wanted.weights:
+            return HEAD
+        left_out = self.left_out(names_of(node, operand(node), program))
+        return left_out or (None if wanted.weights else "stays as it is, as the bits allow")
 
     def _rewrite(
-        self,
-        graph: Graph,
-        node: fx.Node,
-        program: Program,
-        schemes: tuple[str, str],
-        maker: Maker | None,
-        stats: PassStats,
+        self, graph: Graph, node: fx.Node, program: Program, wanted: Format, maker: Maker | None, stats: PassStats
     ) -> None:
-        scheme, activations = schemes
         x, weight, bias = (*node.args, None)[:3]
         assert isinstance(weight, fx.Node)
         name = str(weight.target)
         if maker is not None and f"{name}.packed" not in program.weights:
-            store(program, name, scheme, maker, stats.figures.setdefault(name, {}))
+            store(program, name, wanted.weights, maker, stats.figures.setdefault(name, {}))
         with graph.fx.inserting_before(node):
             if maker is not None:
                 parts = [_read(graph, program, node, f"{name}.{part}") for part in PARTS]
-                args, op = (x, *parts, bias, scheme, activations), ops.quantized_linear
+                args, op = (x, *parts, bias, wanted.weights, wanted.activations), ops.quantized_linear
             else:  # the weight may change later
-                args, op = (x, weight, bias, scheme, activations, self.scale), ops.rounded_linear
+                rule = rule_for(self.scale, wanted.weights)
+                args, op = (x, weight, bias, wanted.weights, wanted.activations, rule), ops.rounded_linear
             made = graph.call(op.overload, args, node, self.name)
         made.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(made)
@@ -171,38 +157,18 @@ class Quantize(Pass):
         stats.record("quantize-linear", made.name, origin(made).source)
 
 
-def _few(statistics: Statistics) -> list[str]:
-    """One line about the values that were seen in fewer tokens than they have channels."""
-    warned = [text for name in statistics.entries if (text := statistics.rank_warning(name))]
-    return [f"{warned[0]} (and {len(warned) - 1} more values)" if len(warned) > 1 else warned[0]] if warned else []
-
-
-def _weight_name(node: fx.Node) -> str:
-    weight = node.args[1]
-    return str(weight.target) if isinstance(weight, fx.Node) else ""
-
-
-def preset(name: str) -> tuple[str, str]:
-    """The schemes of weights and activations ("" for none) behind a preset's or a scheme's name. Raises InputError."""
-    known: Mapping[str, tuple[str, str | None]] = {k.lower(): v for k, v in PRESETS.items()}
-    if name.lower() not in known and name.lower() not in SCHEMES:
-        raise InputError(f"no quantisation scheme is called {name!r}; {did_you_mean(name, [*PRESETS, *SCHEMES])}")
-    weights, activations = known.get(name.lower(), (name.lower(), None))
-    return weights, activations or ""
-
-
-def _head(graph: Graph) -> fx.Node | None:
-    """The last product whose result becomes a result of the graph through calls of one operand: the logits' own."""
-    found = [head for result in graph.outputs() if isinstance(result, fx.Node) and (head := _product(result))]
-    return max(found, key=list(graph.fx.nodes).index, default=None)
-
-
-def _product(result: fx.Node) -> fx.Node | None:
-    node: fx.Node | None = result
-    while node is not None and target_name(node) != "linear":
-        sources = [n for n in node.all_input_nodes if n.op == "call_function" and isinstance(n.meta["val"], Tensor)]
-        node = sources[0] if len(sources) == 1 else None
-    return node
+def _nothing(context: Context, stats: PassStats) -> None:
+    """An error for a whole model in which nothing was quantised, a note for a part of one that has what could be."""
+    reasons = {why: n for (rule, why), n in stats.rejected.items() if rule == "quantize"}
+    said = "; ".join(f"{why} ({n}x)" for why, n in reasons.items()) or "there is no product with a weight"
+    if context.strict and context.rewrites_left is None:
+        raise PassMatchedNothing(
+            f"pass 'quantize' rewrote nothing: {said}; change `include`, `exclude` or `lm_head`, or take the pass out "
+            "of the recipe"
+        )
+    missed_some = any(rule == UNQUANTISED for rule, _ in stats.rejected)  # which tell of themselves
+    if not context.fold_weights and not missed_some and set(reasons) - set(LEFT_OUT):
+        stats.notes.append(f"pass 'quantize' rewrote nothing: {said}")
 
 
 def _read(graph: Graph, program: Program, before: fx.Node, name: str) -> fx.Node | None:

@@ -22,11 +22,12 @@ from llmopt.compiler.capture_dynamo import Fragment, capture_fragment, rebuild
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.graph import target_name
 from llmopt.compiler.op import op_of
-from llmopt.compiler.pipeline import Context, DumpHook, Hook, Pass, Pipeline, verify_hook
+from llmopt.compiler.pipeline import Approx, Context, DumpHook, Hook, Pass, Pipeline, verify_hook
 from llmopt.compiler.recipe import Recipe
 from llmopt.compiler.target import Target
 from llmopt.passes import PASSES
 from llmopt.passes.lower import choose
+from llmopt.passes.quantize import UNQUANTISED
 
 STRUCTURAL = ("raise-aten", "canonicalize", "quantize")  # the last leaves weights where they are, too
 NOT_HERE = ("insert-kv-cache", "fuse", "lower")  # of a whole model with a cache of llmopt's own
@@ -39,7 +40,8 @@ class GraphReport:
 
     `rules` counts rewrites and `rejected` matches turned down, by rule; `providers` counts `op=provider`. `hidden`
     calls touch memory that is written in place, and were left alone. `nodes` are before and after the passes.
-    `fallback` is why the graph runs as Dynamo made it.
+    `unquantised` are products that the recipe wants in a low-bit format and that could not be had in one, with the
+    reason; `notes` is what else the passes have to say. `fallback` is why the graph runs as Dynamo made it.
     """
 
     inputs: list[str]
@@ -50,6 +52,8 @@ class GraphReport:
     nodes: tuple[int, int] = (0, 0)
     hidden: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    unquantised: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     fallback: str | None = None
 
     @property
@@ -116,6 +120,8 @@ class FragmentCompiler:
         for entry in pipeline.reports:
             report.rules = dict(Counter(report.rules) + entry.stats.per_rule)
             report.rejected.update({f"{rule}: {why}": n for (rule, why), n in entry.stats.rejected.items()})
+            report.unquantised += [why for rule, why in entry.stats.rejected if rule == UNQUANTISED]
+            report.notes += entry.stats.notes
         after = replace(fragment, program=program)
         report.nodes = (len(fragment.graph), len(after.graph))
         self._choose(after, context, report)
@@ -147,19 +153,41 @@ class FragmentCompiler:
             return op.overload
         return op.fn if node.meta["provider"] == "inductor" else op.providers[node.meta["provider"]].fn
 
+    @property
+    def lossy(self) -> str:
+        """What the recipe asks for that changes results, "" if nothing does."""
+        found = [PASSES[spec.name].meaning for spec in self.recipe.passes]
+        return "; ".join(meaning.what for meaning in found if isinstance(meaning, Approx))
+
+    @staticmethod
+    def said_unquantised(report: GraphReport) -> str:
+        """`2 products of a graph cannot be quantised: a.weight: why`, of which the first is told."""
+        count = len(report.unquantised)
+        return f"{count} product{'s' * (count > 1)} of a graph cannot be quantised: {report.unquantised[0]}"
+
     def compile(
         self, source: fx.GraphModule, inputs: Sequence[Any], strict: bool, report: GraphReport
     ) -> Callable[..., Any]:
-        """The graph rewritten and compiled; unless `strict`, as Dynamo made it if that fails (`report.fallback`)."""
+        """The graph rewritten and compiled; unless `strict`, as Dynamo made it if that fails (`report.fallback`).
+
+        With `strict`, what the recipe wants in a low-bit format and cannot be had in one is an InputError, too.
+        """
         if not any(isinstance(i, Tensor) for i in inputs):  # sizes only
             return self.finish(source, inputs)
         try:
-            return self.finish(self.rewritten(source, inputs, report), inputs)
+            made = self.rewritten(source, inputs, report)
+            if strict and report.unquantised:
+                raise InputError(
+                    f"recipe {self.recipe.name!r} asks for low-bit weights, and {self.said_unquantised(report)}; leave "
+                    "out what is meant to stay (option `exclude` of pass 'quantize'), compile the whole model with "
+                    "llmopt.compile, or leave out strict"
+                )
+            return self.finish(made, inputs)
         except Exception as error:
             if strict or is_dynamo_restart(error):
                 raise
             report.fallback = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-            report.rules, report.providers = {}, {}
+            report.rules, report.providers, report.unquantised, report.notes = {}, {}, [], []
         return self.finish(source, inputs)
 
 

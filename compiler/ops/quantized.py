@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from llmopt.compiler.op import Cost, nbytes, op
@@ -53,9 +54,10 @@ def _samples() -> Iterable[tuple[Any, ...]]:
         yield torch.randn(2, 3, k), *stored, bias, scheme, activations
 
 
-_ROUNDED: MutableMapping[Tensor, dict[tuple[str, str], tuple[int, tuple[Tensor | None, ...]]]] = (
-    WeakTensorKeyDictionary()
-)
+# what a weight holds: its memory, how it lies there, and how often it was written to
+_State = tuple[StorageWeakRef, int, int, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
+_Parts = tuple[Tensor | None, ...]
+_ROUNDED: MutableMapping[Tensor, dict[tuple[str, str], tuple[_State, _Parts]]] = WeakTensorKeyDictionary()
 
 
 @op
@@ -65,17 +67,27 @@ def rounded_linear(
     """`quantized_linear` over `quantize(weight, scheme, scale)`, for weights that belong to someone else.
 
     x [..., K], weight [N, K], bias [N] or None, y [..., N] in x's dtype. What a weight was rounded to is kept for as
-    long as it lives and its version counter stands still, so an edited weight counts at once (edits through `.data`
-    pass by the counter). A weight made in inference mode has no counter and is rounded in every call.
+    long as it lives, holds the same memory in the same dtype, and its version counter stands still. So an edited weight
+    counts at once, and so does one given other memory, as `model.to(dtype)` and `p.data = q` do; only writes through
+    `.data` (`p.data.mul_(2)`) pass by the counter. A weight made in inference mode has no counter and is rounded in
+    every call. Raises InputError as `quantize` does.
     """
-    version = None if weight.is_inference() else weight._version
+    state = _state(weight)
     kept = _ROUNDED.setdefault(weight, {})
     have = kept.get((scheme, scale))
-    if have is None or version is None or have[0] != version:
+    if have is None or have[0] != state or weight.is_inference():
         made = quantize(weight.detach(), scheme, scale)
-        have = version or 0, (made.packed(), made.scales, made.global_scale, made.zero_points)
+        have = state, (made.packed(), made.scales, made.global_scale, made.zero_points)
         kept[scheme, scale] = have
     return quantized_linear.fn(x, *have[1], bias, scheme, activations)  # type: ignore[no-any-return]
+
+
+def _state(weight: Tensor) -> _State:
+    # an address alone may be used again by what comes after: the weak reference keeps the storage's own from that
+    return (
+        StorageWeakRef(weight.untyped_storage()), weight.data_ptr(), 0 if weight.is_inference() else weight._version,
+        weight.dtype, weight.device, weight.shape, weight.stride(),
+    )  # fmt: skip
 
 
 rounded_linear.traceable = False

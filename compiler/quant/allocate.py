@@ -20,19 +20,16 @@ MOST = 100_000  # units of the budget
 
 
 def allocate(
-    costs: Mapping[str, Mapping[str, float]], bits: Mapping[str, Mapping[str, int]], budget: int
+    costs: Mapping[str, Mapping[str, float]],
+    bits: Mapping[str, Mapping[str, int]],
+    budget: int,
 ) -> dict[str, str]:
     """For each weight (a key of `costs` and `bits`) the name of one of its options.
 
     costs[w][o]: what option o of weight w costs in accuracy; bits[w][o]: its size in bits, scales and all; `budget`:
     the most bits all may take. Raises InputError: the budget is too small.
     """
-    least = sum(min(sizes.values()) for sizes in bits.values())
-    if least > budget:
-        raise InputError(
-            f"the weights take {least} bits in their smallest schemes and the budget is {budget}; raise the budget, or "
-            "let smaller schemes be chosen"
-        )
+    least = check_budget(bits, budget)
     # what is above everybody's smallest option is what is left to be shared
     spare = budget - least
     extra = {w: {o: size - min(sizes.values()) for o, size in sizes.items()} for w, sizes in bits.items()}
@@ -50,6 +47,24 @@ def allocate(
         best, pick = tried.min(0)
         picks.append(pick)
     return _walk_back(extra, costs, picks, int(best.argmin()), unit)
+
+
+def check_budget(bits: Mapping[str, Mapping[str, int]], budget: int, count: int | None = None) -> int:
+    """The least bits that all weights can take, `bits` and `budget` as in `allocate`; `count` is how many numbers they
+    hold, if an error is to speak of bits a weight. Raises InputError: the budget is too small.
+    """
+    least = sum(min(sizes.values()) for sizes in bits.values())
+    if least > budget:
+        raise InputError(
+            f"mixed precision: the weights take {_said(least, count)} in their smallest schemes, and the budget is "
+            f"{_said(budget, count)}; raise the budget (`bits`, --bits), or let smaller schemes be chosen (`choices`)"
+        )
+    return least
+
+
+def _said(bits: int, count: int | None) -> str:
+    # rounded up, so that what is said to be needed is enough
+    return f"{bits} bits" if count is None else f"{math.ceil(1e4 * bits / count) / 1e4:g} bits a weight"
 
 
 def _walk_back(

@@ -11,6 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmopt.compiler.errors import InputError
+from llmopt.compiler.quant.checks import (
+    check_matrix,
+    check_options,
+    check_reach,
+    checked_global_scale,
+    checked_weight,
+)
 from llmopt.compiler.quant.packing import pack, unpack
 from llmopt.compiler.quant.scales import (
     E4M3_MAX,
@@ -26,7 +33,8 @@ from llmopt.compiler.quant.scales import (
 )
 from llmopt.compiler.quant.schemes import Scheme, scheme_of
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# no code stands for more, so that neither float32 nor bfloat16 turns it into infinity
+_MOST = torch.finfo(torch.bfloat16).max
 
 
 @dataclass(frozen=True)
@@ -49,9 +57,15 @@ class QuantizedTensor:
     energy: float
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[N, K]: the matrix that the codes stand for, computed in float32 and rounded to `dtype` at the end."""
-        restored = _restored(self.codes, self.scales, self.global_scale, self.zero_points, self.scheme)
-        return restored[:, : self.shape[1]].to(dtype)
+        """[N, K]: the matrix that the codes stand for, computed in float32 and rounded to `dtype` at the end.
+
+        What lies beyond the range of `dtype` becomes its largest number, never infinite. Raises `InputError` for a
+        `dtype` that is not of floats.
+        """
+        if not dtype.is_floating_point:
+            raise InputError(f"dequantize: dtype is {dtype}; wanted one of floats, such as torch.bfloat16")
+        restored = _restored(self.codes, self.scales, self.global_scale, self.zero_points, self.scheme, dtype)
+        return restored[:, : self.shape[1]]
 
     def packed(self) -> Tensor:
         """uint8 [N, Kp * bits / 8]: the codes without the room between them."""
@@ -80,7 +94,7 @@ def quantize(
     scale: str = "max",
     *,
     weight: Tensor | None = None,
-    global_scale: Tensor | None = None,
+    global_scale: float | Tensor | None = None,
     scale_max: float = E4M3_MAX,
     rows_at_once: int | None = None,
 ) -> QuantizedTensor:
@@ -88,21 +102,40 @@ def quantize(
 
     `scale` is the rule of scales: "max" by the largest element; "search" tries neighbours and keeps the one with the
     least squared error of each block; for nvfp4 also "optimal", "fast", "four-six" and "all" (see `scales`). `weight`
-    [K] counts squared errors of columns in a search (a Hessian's diagonal; not negative). nvfp4 alone: `global_scale`
-    [] instead of the tensor's own (layers that run as one need a common one), and `scale_max`, what the largest block
-    scale becomes: 448 leaves it no room to grow in a search, 256 does. `rows_at_once` bounds memory; the result does
-    not depend on it.
+    [K] counts squared errors of columns in a search (a Hessian's diagonal; not negative; only its proportions count).
+    nvfp4 alone: `global_scale`, a positive number (float or []) instead of the tensor's own (layers that run as one
+    need a common one), and `scale_max`, what the largest block scale becomes: 448 leaves it no room to grow in a
+    search, 256 does. `rows_at_once` bounds memory; the result does not depend on it.
 
-    Raises `InputError`: no matrix, empty, not floating, not finite, unknown scheme, rule or option that it cannot have.
+    Raises `InputError`: no matrix, empty, sparse, without numbers (meta), not floating, not finite; unknown scheme,
+    rule or option that it cannot have; `weight` beside "max"; a `global_scale` beyond the reach of block scales.
     """
-    scheme = scheme_of(scheme) if isinstance(scheme, str) else scheme
+    scheme = scheme_of(scheme)
     check_rule(scale, scheme)
-    _check_matrix(tensor)
-    _check_options(weight, global_scale, scale_max, scheme, tensor.shape[1])
-    low, high = _range(tensor)
+    check_matrix(tensor)
+    check_options(scheme, global_scale, scale_max, rows_at_once)
+    shares = None if weight is None else checked_weight(weight, scale, tensor.shape[1])
+    own = None
     if global_scale is not None:
-        global_scale = global_scale.to(tensor.device, torch.float32).reshape(())
-    elif scheme.has_global:
+        own = checked_global_scale(global_scale, tensor.device)
+        low, high = _range(tensor)
+        check_reach(own, torch.maximum(high, -low), scheme)
+    return quantized(tensor, scheme, scale, shares, own, scale_max, rows_at_once)
+
+
+@torch.no_grad()
+def quantized(
+    tensor: Tensor,
+    scheme: Scheme,
+    scale: str,
+    weight: Tensor | None,
+    global_scale: Tensor | None,
+    scale_max: float = E4M3_MAX,
+    rows_at_once: int | None = None,
+) -> QuantizedTensor:
+    """`quantize` with what it checks for true already; a float32 `global_scale` may be too small, which cuts blocks."""
+    low, high = _range(tensor)
+    if global_scale is None and scheme.has_global:
         global_scale = global_scale_of(torch.maximum(high, -low), scheme, scale_max)
     shared = None
     if scheme.rows == 0:
@@ -139,7 +172,7 @@ def dequantize(
 ) -> Tensor:
     """[N, columns]: `QuantizedTensor.dequantize` of its parts as they are stored, `packed` codes among them."""
     codes = unpack(packed, scheme.element.bits, scheme.padded(columns))
-    return _restored(codes, scales, global_scale, zero_points, scheme)[:, :columns].to(dtype)
+    return _restored(codes, scales, global_scale, zero_points, scheme, dtype)[:, :columns]
 
 
 def fake_quantize(x: Tensor, scheme: Scheme) -> Tensor:
@@ -147,7 +180,7 @@ def fake_quantize(x: Tensor, scheme: Scheme) -> Tensor:
 
     Groups run along K of every row [K], which has a global scale of its own, too; a scheme without groups has one scale
     a row. So what a row becomes does not depend on the others, and a token's result not on who else is in its batch.
-    Computed in float32.
+    Computed in float32. Finite numbers stay finite; a group with one that is not becomes NaN.
     """
     columns = x.shape[-1]
     wide = F.pad(x.float(), (0, scheme.padded(columns) - columns))
@@ -161,17 +194,35 @@ def fake_quantize(x: Tensor, scheme: Scheme) -> Tensor:
     else:
         zeros = zero_points_of(low, wanted, scheme).unsqueeze(-1).float() - scheme.element.zero
         back = (scheme.element.nearest(blocks / steps + zeros) - zeros) * steps
-    return back.flatten(-2)[..., :columns].to(x.dtype)
+    return _clamped(back, x.dtype).flatten(-2).to(x.dtype)[..., :columns]
 
 
 def encode(
     blocks: Tensor, scales: Tensor, global_scale: Tensor | None, zero_points: Tensor | None, scheme: Scheme
 ) -> Tensor:
-    """Codes (uint8 [.., n]) of `blocks` (float32 [.., n]) with `scales` and `zero_points` [..] as they are stored."""
-    units = blocks / decoded_scales(scales, scheme, global_scale).unsqueeze(-1)
+    """Codes (uint8 [.., n]) of `blocks` (float32 [.., n]) with `scales` and `zero_points` [..] as they are stored.
+
+    The nearest, but none for what bfloat16 cannot hold: from 2.5e38 on the nearest may stand for more than 3.39e38.
+    """
+    steps = decoded_scales(scales, scheme, global_scale).unsqueeze(-1)
+    units = _held(blocks / steps, steps, scheme)
     if zero_points is not None:
         units = units + (zero_points.float() - scheme.element.zero).unsqueeze(-1)
     return scheme.element.encode(units)
+
+
+def _held(units: Tensor, steps: Tensor, scheme: Scheme) -> Tensor:
+    """`units` within the numbers that stand for no more than `_MOST` with these steps."""
+    element = scheme.element
+    reach = element.max if element.is_float else float(element.zero if scheme.symmetric else 2 * element.zero)
+    if not bool((steps > _MOST / reach).any()):
+        return units
+    most = _MOST / steps
+    most = element.nearest(most) if element.is_float else most.floor()
+    over = most * steps > _MOST
+    lower = element.decode(element.encode(most) - over.to(torch.uint8)) if element.is_float else most - 1
+    most = torch.where(over, lower, most)
+    return units.clamp(-most, most)
 
 
 def to_blocks(matrix: Tensor, scheme: Scheme) -> Tensor:
@@ -195,9 +246,18 @@ def from_blocks(blocks: Tensor, rows: int, scheme: Scheme) -> Tensor:
 
 
 def _restored(
-    codes: Tensor, scales: Tensor, global_scale: Tensor | None, zero_points: Tensor | None, scheme: Scheme
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: Tensor | None,
+    zero_points: Tensor | None,
+    scheme: Scheme,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Float32 [N, Kp]."""
+    """What codes stand for, in `dtype` [N, Kp].
+
+    Whole groups, to be sliced afterwards: Inductor's C++ backend loses the end of a row where it computes fewer columns
+    than whole groups in one loop (see `_torch`), and keeps it where slicing comes last.
+    """
     rows = codes.shape[0]
     steps = decoded_scales(scales, scheme, global_scale)
     if scheme.rows > 1:
@@ -205,7 +265,16 @@ def _restored(
     values = scheme.element.decode(codes).unflatten(-1, (steps.shape[-1], -1))
     if zero_points is not None:
         values = values - (zero_points.float() - scheme.element.zero).unsqueeze(-1)
-    return (values * steps.unsqueeze(-1)).flatten(1)
+    restored = (values * steps.unsqueeze(-1)).flatten(1)
+    # codes stand for nothing that wider dtypes cannot hold, and there this would be a tenth of the time
+    restored = restored if torch.finfo(dtype).max >= _MOST else _clamped(restored, dtype)
+    return restored.to(dtype)
+
+
+def _clamped(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 `values`, those beyond the range of `dtype` as its largest number; NaN stays NaN."""
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return values.clamp(-largest, largest)
 
 
 def _blocks(
@@ -219,7 +288,7 @@ def _blocks(
     at_once = max(at_once // height, 1) * height
     padding = (0, scheme.padded(columns) - columns)
     if weight is not None:
-        weight = F.pad(weight.to(tensor.device, torch.float32) / weight.amax().clamp(min=1e-30), padding)
+        weight = F.pad(weight.to(tensor.device, torch.float32), padding)
     for start in range(0, rows, at_once):
         stop = min(start + at_once, rows)
         importance = None if weight is None else to_blocks(weight.expand(stop - start, -1), scheme)
@@ -250,33 +319,7 @@ def _range(tensor: Tensor) -> tuple[Tensor, Tensor]:
         row = int(bad.any(1).nonzero()[0])
         column = int(bad[row].nonzero()[0])
         raise InputError(
-            f"{int(bad.sum())} of {tensor.numel()} elements are not finite in float32, the first at [{row}, {column}] "
-            f"({tensor[row, column].item()}); only finite numbers can be quantised"
+            f"quantize: {int(bad.sum())} of {tensor.numel()} elements are not finite in float32, the first at "
+            f"[{row}, {column}] ({tensor[row, column].item()}); only finite numbers can be quantised"
         )
     return low, high
-
-
-def _check_matrix(tensor: Tensor) -> None:
-    """Raise `InputError` unless `tensor` is a matrix of floats with something in it."""
-    seen = f"got {tensor.dtype} {list(tensor.shape)}"
-    if tensor.dtype not in _FLOATS:
-        raise InputError(f"only float16, bfloat16, float32 and float64 can be quantised; {seen}")
-    if tensor.dim() != 2 or not tensor.numel():
-        raise InputError(f"only matrices [N, K] with elements can be quantised; {seen}: reshape it")
-
-
-def _check_options(
-    weight: Tensor | None, global_scale: Tensor | None, scale_max: float, scheme: Scheme, columns: int
-) -> None:
-    """Raise `InputError` for what `scheme` cannot have and for values out of range."""
-    if weight is not None and (list(weight.shape) != [columns] or not bool((weight.isfinite() & (weight >= 0)).all())):
-        raise InputError(
-            f"weight is to be [{columns}], finite and not negative, an importance for each column; "
-            f"got {list(weight.shape)} from {weight.min().item()} to {weight.max().item()}"
-        )
-    if not scheme.has_global and (global_scale is not None or scale_max != E4M3_MAX):
-        raise InputError(f"{scheme.name} has no global scale; leave out global_scale and scale_max")
-    if not 0 < scale_max <= E4M3_MAX:
-        raise InputError(f"scale_max is {scale_max}; wanted above 0 and at most {E4M3_MAX}, the largest e4m3 number")
-    if global_scale is not None and not (global_scale.numel() == 1 and 0 < global_scale.item() < math.inf):
-        raise InputError(f"global_scale is {global_scale}; wanted one positive number")

@@ -47,6 +47,8 @@ def rules_of(scheme: Scheme) -> tuple[str, ...]:
 def check_rule(rule: str, scheme: Scheme) -> None:
     """Raise `InputError` unless `scheme` can have scales by `rule`."""
     known = rules_of(scheme)
+    if not isinstance(rule, str):
+        raise InputError(f"scale is a {type(rule).__name__}, {rule!r}; wanted the name of a rule: {', '.join(known)}")
     if rule not in known:
         remedy = did_you_mean(rule, known)
         raise InputError(f"scales of {scheme.name} ({scheme.scale}) cannot be chosen by {rule!r}; {remedy}")
@@ -122,7 +124,12 @@ def wanted_scales(low: Tensor, high: Tensor, scheme: Scheme, global_scale: Tenso
     The arithmetic is compressed-tensors' (calculate_qparams), so that its packers give the same codes.
     """
     if not scheme.symmetric:
-        return (high.clamp(min=0) - low.clamp(max=0)) / (2**scheme.element.bits - 1)
+        codes = 2**scheme.element.bits - 1
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        span = high - low
+        return torch.where(
+            span.isfinite(), span / codes, high / codes - low / codes
+        )  # from 1.7e38 on it has no float32
     amax = torch.maximum(high, -low)
     if scheme.scale == "e8m0":
         return amax
@@ -162,13 +169,16 @@ def decoded_scales(scales: Tensor, scheme: Scheme, global_scale: Tensor | None) 
 
 
 def _even_exponent(amax: Tensor, scheme: Scheme) -> Tensor:
-    """Exponent (bias 127) that puts `amax` into the element's last binade, or one more if it would round past `max`."""
+    """Exponent (bias 127) that puts `amax` into the element's last binade, or one more if it would round past `max`.
+
+    255, the code of NaN (OCP Microscaling Formats 1.0), where `amax` is not finite.
+    """
     element = scheme.element
     # 448 = 1.75 * 2**8 is not the last number of its binade; compressed-tensors treats it as e2m1's 6 = 1.5 * 2**2
     mantissa = 1 if element.name == "e4m3" else element.mantissa
     last = (1 << element.exponent) + element.lowest_exponent - 2
     exponent = (amax.view(torch.int32) + (1 << (22 - mantissa))) >> 23
-    return (exponent - last).clamp(0, 254).to(torch.uint8)
+    return torch.where(amax < torch.inf, (exponent - last).clamp(0, 254), 255).to(torch.uint8)
 
 
 def _candidates(base: Tensor, wanted: Tensor, scheme: Scheme, rule: str) -> Iterator[Tensor]:

@@ -102,8 +102,14 @@ PRESETS: dict[str, tuple[str, str | None]] = {
 }
 
 
-def scheme_of(name: str) -> Scheme:
-    """The scheme called `name`, in any case; raises `InputError` where there is none."""
+def scheme_of(name: str | Scheme) -> Scheme:
+    """The scheme called `name`, in any case, or the scheme itself; raises `InputError` where there is none."""
+    if isinstance(name, Scheme):
+        return name
+    if not isinstance(name, str):
+        raise InputError(
+            f"scheme is a {type(name).__name__}, {name!r}; wanted a scheme or the name of one: {', '.join(SCHEMES)}"
+        )
     scheme = SCHEMES.get(name.lower())
     if scheme is None:
         raise InputError(f"no quantisation scheme is called {name!r}; {did_you_mean(name.lower(), SCHEMES)}")

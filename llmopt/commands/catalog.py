@@ -12,7 +12,7 @@ from llmopt.compiler.quant import scheme_of
 from llmopt.compiler.recipe import RECIPES, Recipe
 from llmopt.compiler.target import TARGETS, Target
 from llmopt.console import stages, write_json, write_table
-from llmopt.passes.quantize import preset
+from llmopt.passes.quantize_options import preset
 
 MEASURED_ON = "small-llama-28m"
 
@@ -39,7 +39,7 @@ def bits_of(recipe: Recipe) -> str:
     if "bits" in options:
         return f"{options['bits']:g}"
     chosen = options.get("scheme") or options.get("weights")
-    return f"{scheme_of(preset(str(chosen))[0]).bits_per_weight:g}" if chosen else ""
+    return f"{scheme_of(preset(str(chosen)).weights).bits_per_weight:g}" if chosen else ""
 
 
 def measured(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import importlib.util
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -15,14 +16,14 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from llmopt.commands.model import Wanted, check_artifact_options
+from llmopt.commands.figures import deliver
+from llmopt.commands.model import Wanted, say_notes
 from llmopt.compiler.calibration_data import read_tokens
-from llmopt.compiler.errors import InputError, TargetError
+from llmopt.compiler.errors import InputError
 from llmopt.compiler.pipeline import Context, Exact
 from llmopt.compiler.program import ModelFacts, Program
 from llmopt.compiler.recipe import Recipe
-from llmopt.compiler.target import Target
-from llmopt.console import Progress, bar, is_artifact, say, stages, write_json, write_table
+from llmopt.console import Progress, bar, is_artifact, say, stages, write_table
 from llmopt.model import CompiledModel
 from llmopt.passes import PASSES
 from llmopt.runtime import measure as records
@@ -33,11 +34,11 @@ from llmopt.runtime.gpu_code import code_for
 from llmopt.runtime.layer_error import Loaded, stream_errors, weight_errors
 from llmopt.runtime.perplexity import Closeness, LogitsFn, Mean, Quality, batched, measure, step_logits, windows
 from llmopt.runtime.report import Report
-from llmopt.runtime.session import absent
 from llmopt.runtime.tokenizer import load_tokenizer
 
 NONE = "none"
 PLOTS = (".png", ".svg", ".pdf")
+_LARGEST = math.log(sys.float_info.max)  # of what has an exponential
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,9 @@ def eval_model(settings: Settings, as_json: bool, out: Path | None, plot: Path |
         with stages("comparing layers"):
             figures["layers"] = layers(subject)
             draw(figures, plot)
-    if out is not None:
-        records.write_json(out, figures)
-    if as_json:
-        write_json(figures)
-    else:
-        show(figures)
+    if not is_artifact(settings.model):
+        say_notes(subject.ours.report.passes)
+    deliver(figures, show, out, as_json)
     if settings.against is None and subject.theirs is None and uncompressed(subject.ours.recipe) != subject.ours.recipe:
         say(f"{settings.model} does not hold the uncompressed program; give --against MODEL to compare with it")
 
@@ -134,17 +132,15 @@ def prepared(settings: Settings, progress: Progress = lambda stage: None) -> Sub
 
 
 def _parts(settings: Settings, progress: Progress) -> Parts:
-    model, recipe, target, dtype = settings.model, settings.recipe, settings.target, settings.dtype
+    model = settings.model
+    wanted = Wanted(
+        settings.recipe, settings.target, settings.dtype, settings.calibration, settings.statistics, settings.bits
+    )
     if is_artifact(model):
-        learned = {"--calibration": settings.calibration, "--statistics": settings.statistics, "--bits": settings.bits}
-        check_artifact_options(model, recipe, target, dtype, learned)
+        wanted.check_artifact(model)
         progress("loading")
         return load_parts(Path(model))
-    if target is not None and (why := absent(Target.parse(target))) is not None:
-        raise TargetError(
-            f"eval: a model for target {target} cannot run here: {why}; leave out --target to run on this machine"
-        )
-    wanted = Wanted(recipe or "default", target, dtype, settings.calibration, settings.statistics, settings.bits)
+    wanted.check_runs_here("eval")
     return _built(wanted.build(model, progress))
 
 
@@ -261,7 +257,8 @@ def _described(name: str, model: CompiledModel) -> dict[str, Any]:
 
 
 def _likelihood(nll: Mean) -> dict[str, Any]:
-    return {"nll": nll.value, "nll_error": nll.error, "perplexity": math.exp(nll.value)}
+    perplexity = math.inf if nll.value > _LARGEST else math.exp(nll.value)
+    return {"nll": nll.value, "nll_error": nll.error, "perplexity": perplexity}
 
 
 def _compared(found: Closeness, name: str, model: CompiledModel) -> dict[str, Any]:

@@ -14,18 +14,19 @@ from torch import Tensor, fx
 import llmopt
 from llmopt import codegen
 from llmopt.codegen.regions import as_function
+from llmopt.commands.model import Wanted, say_notes
 from llmopt.compiler import bisect as bisection
 from llmopt.compiler import knobs
+from llmopt.compiler.calibration_statistics import Statistics
 from llmopt.compiler.errors import InputError, did_you_mean
 from llmopt.compiler.extra import insert_passes, load_pass
 from llmopt.compiler.op import op_of
 from llmopt.compiler.pipeline import Context, Pass, Pipeline, hooks_from_knobs, program_diff, program_text
 from llmopt.compiler.program import Program
-from llmopt.compiler.recipe import Recipe
 from llmopt.compiler.target import Target
-from llmopt.console import is_artifact, read_text, say, stages, write_code, write_diff, write_json
+from llmopt.console import Progress, is_artifact, read_text, say, stages, write_code, write_diff, write_json
 from llmopt.passes import PASSES
-from llmopt.runtime.build import capture_any
+from llmopt.runtime.build import Calibration, capture_any
 from llmopt.runtime.cuda import launcher
 from llmopt.runtime.executor import Executor
 from llmopt.runtime.gpu_code import GpuCode, code_for
@@ -42,29 +43,28 @@ class Subject:
     """What is looked at: a model, and how it would be compiled; `extra` are `--with` specs."""
 
     model: str
-    recipe: str
-    target: str | None
-    dtype: str | None
+    wanted: Wanted
     extra: tuple[str, ...]
 
-    def plan(self) -> tuple[tuple[Pass, ...], Context]:
-        """The passes in order, and their context. Raises RecipeError, PassOrderError or TargetError."""
-        recipe = Recipe.parse(self.recipe)
+    def plan(self, progress: Progress) -> tuple[tuple[Pass, ...], Context]:
+        """The passes in order, and their context. Raises RecipeError, PassOrderError, TargetError or InputError."""
+        recipe = self.wanted.parsed()
         passes = insert_passes(recipe.build(PASSES), [load_pass(spec) for spec in self.extra])
-        target = Target.parse(self.target) if self.target else Target.detect()
-        return passes, Context(codegen.usable(target, recipe.providers), recipe, knobs.bisect())
+        target = Target.parse(self.wanted.target) if self.wanted.target else Target.detect()
+        usable, data = codegen.usable(target, recipe.providers), self.wanted.data(progress)
+        return passes, Context(usable, recipe, knobs.bisect(), calibrate=None if data is None else _Data(data))
 
     def capture(self, context: Context) -> Program:
         """The program before any pass."""
-        return capture_any(self.model, self.dtype or context.recipe.dtype)
+        return capture_any(self.model, self.wanted.dtype or context.recipe.dtype)
 
     def stages(self, last: str | None = None) -> Iterator[tuple[str, Program, Program]]:
         """(pass, program before, program after) for each pass up to `last`; the first is the capture itself."""
-        passes, context = self.plan()
-        names = [CAPTURE, *(p.name for p in passes)]
-        if last is not None and last not in names:
-            raise InputError(f"the recipe has no pass {last!r}; {did_you_mean(last, names)}")
         with stages(f"compiling {self.model}") as progress:
+            passes, context = self.plan(progress)
+            names = [CAPTURE, *(p.name for p in passes)]
+            if last is not None and last not in names:
+                raise InputError(f"the recipe has no pass {last!r}; {did_you_mean(last, names)}")
             progress(CAPTURE)
             before = self.capture(context)
             found = [(CAPTURE, before, before)]
@@ -74,7 +74,29 @@ class Subject:
                 after = pipeline.step(item, before, context)
                 found.append((item.name, before, after))
                 before = after
+        say_notes(pipeline.reports)
+        if last is None:
+            _check_read(context)
         yield from found
+
+
+class _Data:
+    """Calibration data, and whether a pass has read them."""
+
+    def __init__(self, data: Calibration) -> None:
+        self.data, self.read = data, False
+
+    def __call__(self, program: Program, second_moments: bool) -> Statistics:
+        self.read = True
+        return self.data(program, second_moments)
+
+
+def _check_read(context: Context) -> None:
+    if isinstance(context.calibrate, _Data) and not context.calibrate.read:
+        raise InputError(
+            f"--calibration is given, and no pass of recipe {context.recipe.name!r} reads any data; leave it out, or "
+            "add a recipe that does (such as +gptq or +weighted)"
+        )
 
 
 def show_graphs(subject: Subject, graph: str | None, after: str | None, provenance: bool) -> None:
@@ -82,6 +104,7 @@ def show_graphs(subject: Subject, graph: str | None, after: str | None, provenan
     if is_artifact(subject.model):
         if after or subject.extra:
             raise InputError("an artifact holds the last graphs only; --after and --with want the model's folder")
+        subject.wanted.check_artifact(subject.model)
         program = _artifact(subject.model)
     else:
         *_, (_, _, program) = subject.stages(after)
@@ -109,8 +132,10 @@ def _named(diff: str, before: str, after: str) -> str:
     return f"--- {before}\n+++ {after}\n@@{rest}" if head else f"--- {before}\n+++ {after}\n"
 
 
-def diff_artifacts(left: str, right: str) -> None:
-    """Print what sets the graphs of two artifacts apart."""
+def diff_artifacts(subject: Subject, right: str) -> None:
+    """Print what sets the graphs of two artifacts apart, the subject's and another."""
+    left = subject.model
+    subject.wanted.check_artifact(left)
     a, b = (program_text(_artifact(path), provenance=False).splitlines() for path in (left, right))
     lines = list(difflib.unified_diff(a, b, left, right, lineterm=""))
     write_diff("\n".join(lines) + "\n" if lines else "")
@@ -177,14 +202,15 @@ def _meaning(program: Program) -> Callable[..., Callable[[list[Any]], Any]]:
 
 def bisect_model(subject: Subject, tokens: str | None, as_json: bool) -> None:
     """Find the culprit and print it; exits with FOUND if there is one."""
-    passes, context = subject.plan()
     ids = None if tokens is None else read_tokens(tokens)
-    if "triton" in context.target.facts and (why := absent(context.target)) is not None:
-        say(f"graphs are judged and no kernels: {why}")
     with stages(f"bisecting {subject.model}") as progress:
+        passes, context = subject.plan(progress)
         progress(CAPTURE)
         program = subject.capture(context)
         found = bisection.bisect(program, passes, context, ids, _Steps(context.target), progress)
+    _check_read(context)
+    if "triton" in context.target.facts and (why := absent(context.target)) is not None:
+        say(f"graphs were judged and no kernels: {why}")
     if as_json:
         write_json(_as_dict(found))
     else:

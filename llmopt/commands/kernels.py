@@ -15,19 +15,19 @@ from rich.table import Table
 
 from llmopt.codegen.cubin import Cubin
 from llmopt.codegen.kernel import Call, Kernel
+from llmopt.commands.model import Wanted
 from llmopt.compiler.errors import InputError
 from llmopt.console import Progress, is_artifact, stages, write_json, write_table
 from llmopt.runtime import artifact
-from llmopt.runtime.build import build
 from llmopt.runtime.gpu_code import GpuCode, code_for
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?!NOP|\s)[^;]+;")  # nvdisasm: an address, an instruction
 
 
-def list_kernels(model: str, recipe: str | None, target: str | None, dtype: str | None, as_json: bool) -> None:
+def list_kernels(model: str, wanted: Wanted, as_json: bool) -> None:
     """Every call of every region, with the classes of steps it is for; a model is compiled, an artifact only read."""
     with stages(f"kernels of {model}") as progress:
-        code = _code(model, recipe, target, dtype, progress)
+        code = _code(model, wanted, progress)
         progress("disassembling")
         counts = instruction_counts(code.cubin(k) for region in code.codes.values() for k in region.kernels())
     rows = [_row(*found, code, counts) for found in _calls(code)]
@@ -76,15 +76,13 @@ def instruction_counts(cubins: Iterable[Cubin]) -> dict[Cubin, int]:
         return {cubin: number for cubin, number in pool.map(count, enumerate(dict.fromkeys(cubins))) if number}
 
 
-def _code(model: str, recipe: str | None, target: str | None, dtype: str | None, progress: Progress) -> GpuCode:
+def _code(model: str, wanted: Wanted, progress: Progress) -> GpuCode:
     if is_artifact(model):
-        given = [name for name, value in (("--recipe", recipe), ("--target", target), ("--dtype", dtype)) if value]
-        if given:
-            raise InputError(f"{model!r} is an artifact, which was compiled already; leave out {' and '.join(given)}")
+        wanted.check_artifact(model)
         parts = artifact.load(Path(model), runs_here=False)
         code, made, choices = parts.regions, parts.target, parts.program.choices
     else:
-        program, _, context = build(model, recipe or "default", target, dtype, progress=progress)
+        program, _, context = wanted.build(model, progress)
         code, made, choices = code_for(program, context.target), context.target, program.choices
     if not isinstance(code, GpuCode):
         why = choices.get("without_kernels", "no GPU kernels; give a GPU's target, such as --target cuda:sm_90")

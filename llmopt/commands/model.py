@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import llmopt
 from llmopt.compiler.errors import InputError, TargetError
-from llmopt.compiler.pipeline import Context
+from llmopt.compiler.pipeline import Context, Exact, PassReport
 from llmopt.compiler.program import Program
 from llmopt.compiler.recipe import Recipe, with_bits
 from llmopt.compiler.target import Target
@@ -27,10 +27,13 @@ from llmopt.console import (
     write_table,
 )
 from llmopt.model import CompiledModel
+from llmopt.passes import PASSES
 from llmopt.runtime.build import Calibration, build
 from llmopt.runtime.gpu_code import code_for
 from llmopt.runtime.report import Report
 from llmopt.runtime.session import absent
+
+MOST_NOTES = 12  # on a terminal
 
 
 @dataclass(frozen=True)
@@ -46,20 +49,22 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to compile a model to; see the options of `llmopt compile`."""
+    """What to compile a model to; see the options of `llmopt compile`. The recipe is `default` if none is given."""
 
-    recipe: str = "default"
+    recipe: str | None = None
     target: str | None = None
     dtype: str | None = None
     calibration: str | None = None
     statistics: Path | None = None
     bits: float | None = None
 
-    def build(self, model: str, progress: Progress) -> tuple[Program, Report, Context]:
-        """The lowered program. Raises InputError: --statistics without --calibration."""
-        recipe = Recipe.parse(self.recipe)
-        if self.bits is not None:
-            recipe = with_bits(recipe, self.bits)
+    def parsed(self) -> Recipe:
+        """The recipe, with `bits`. Raises RecipeError."""
+        recipe = Recipe.parse("default" if self.recipe is None else self.recipe)
+        return recipe if self.bits is None else with_bits(recipe, self.bits)
+
+    def data(self, progress: Progress) -> Calibration | None:
+        """What passes learn from, None if nothing is given. Raises InputError: --statistics without --calibration."""
         if self.statistics is not None and self.calibration is None:
             raise InputError(
                 f"--statistics {str(self.statistics)!r} says where to keep what is learned, and --calibration, what to "
@@ -69,8 +74,29 @@ class Wanted:
         def told(value: str, done: int, total: int) -> None:
             progress(f"calibration, {done / total:.0%}")
 
-        data = None if self.calibration is None else Calibration(self.calibration, self.statistics, told)
+        return None if self.calibration is None else Calibration(self.calibration, self.statistics, told)
+
+    def build(self, model: str, progress: Progress) -> tuple[Program, Report, Context]:
+        """The lowered program. Raises what `parsed` and `data` do, and what compiling does."""
+        recipe, data = self.parsed(), self.data(progress)
         return build(model, recipe, self.target, self.dtype, progress=progress, calibration=data)
+
+    def check_artifact(self, model: str) -> None:
+        """InputError if something is asked of the artifact `model` that was decided when it was compiled."""
+        given = [f"--{f.name}" for f in fields(self) if getattr(self, f.name) is not None]
+        if given:
+            raise InputError(
+                f"{model!r} is an artifact, which was compiled with its own recipe, target and dtype; leave out "
+                f"{' and '.join(given)}, or compile the model again"
+            )
+
+    def check_runs_here(self, command: str) -> None:
+        """TargetError if what is wanted cannot run on this machine."""
+        if self.target is not None and (why := absent(Target.parse(self.target))) is not None:
+            raise TargetError(
+                f"{command}: a model for target {self.target} cannot run here: {why}; leave out --target to run on "
+                "this machine, or `llmopt compile` it for that one and run the artifact there"
+            )
 
 
 def compiled(model: str, wanted: Wanted, progress: Progress) -> CompiledModel:
@@ -98,6 +124,7 @@ def compile_to(model: str, out: Path, wanted: Wanted, as_json: bool) -> None:
             )
         progress("writing")
         made.save(out)
+    say_notes(made.report.passes)
     seconds = time.perf_counter() - started
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     if as_json:
@@ -111,27 +138,23 @@ def compile_to(model: str, out: Path, wanted: Wanted, as_json: bool) -> None:
     print(f"wrote {out} ({size / 2**20:.1f} MiB) in {seconds:.1f} s")
 
 
-def opened(model: str, recipe: str | None, target: str | None, dtype: str | None, progress: Progress) -> CompiledModel:
+def opened(model: str, wanted: Wanted, progress: Progress) -> CompiledModel:
     """A model from an artifact, or compiled now."""
     if not is_artifact(model):
-        return compiled(model, Wanted(recipe or "default", target, dtype), progress)
-    check_artifact_options(model, recipe, target, dtype)
+        return compiled(model, wanted, progress)
+    wanted.check_artifact(model)
     progress("loading")
     return llmopt.load(model)
 
 
-def check_artifact_options(
-    model: str, recipe: str | None, target: str | None, dtype: str | None, learned: Mapping[str, object] | None = None
-) -> None:
-    """InputError if something is asked of an artifact that was decided when it was compiled; `learned` are further
-    options by name."""
-    options = {"--recipe": recipe, "--target": target, "--dtype": dtype, **(learned or {})}
-    given = [name for name, value in options.items() if value]
-    if given:
-        raise InputError(
-            f"{model!r} is an artifact, which was compiled with its own recipe, target and dtype; leave out "
-            f"{' and '.join(given)}, or compile the model again"
-        )
+def say_notes(passes: Iterable[PassReport]) -> None:
+    """On stderr, what the passes that change results have to say of it, such as too few tokens to learn from."""
+    lossy = {name for name, kind in PASSES.items() if not isinstance(kind.meaning, Exact)}
+    notes = [f"note: {entry.name}: {note}" for entry in passes if entry.name in lossy for note in entry.stats.notes]
+    for note in notes[:MOST_NOTES]:
+        say(note)
+    if len(notes) > MOST_NOTES:
+        say(f"note: {len(notes) - MOST_NOTES} more; the report has them all")
 
 
 def gather(prompts: list[str], prompt_file: str | None) -> list[str]:
@@ -151,22 +174,18 @@ def run_prompts(
     prompts: list[str],
     prompt_file: str | None,
     sampling: Sampling,
-    recipe: str | None,
-    target: str | None,
-    dtype: str | None,
+    wanted: Wanted,
 ) -> None:
     """Generate and print; what it cost goes to stderr."""
     from llmopt.runtime.sampler import SamplingParams
 
     SamplingParams(sampling.max_new_tokens, sampling.temperature, sampling.top_p, 0, sampling.seed)  # raises early
     texts = gather(prompts, prompt_file)
-    if target is not None and (why := absent(Target.parse(target))) is not None:
-        raise TargetError(
-            f"run: a model for target {target} cannot run here: {why}; leave out --target to run on this machine, or "
-            "`llmopt compile` it for that one and run the artifact there"
-        )
+    wanted.check_runs_here("run")
     with stages(f"preparing {model}") as progress:
-        ready = opened(model, recipe, target, dtype, progress)
+        ready = opened(model, wanted, progress)
+    if not is_artifact(model):
+        say_notes(ready.report.passes)
     options = {
         "max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
         "seed": sampling.seed,

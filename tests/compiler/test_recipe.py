@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmopt.compiler.errors import PassOrderError, RecipeError
-from llmopt.compiler.recipe import RECIPES, Dims, PassSpec, Recipe, check, check_order, compose
+from llmopt.compiler.recipe import RECIPES, Dims, PassSpec, Recipe, check, check_order, compose, with_bits
 
 
 @dataclass(frozen=True)
@@ -347,3 +348,17 @@ def test_build_checks_and_makes_the_passes():
         recipe("lower").build(REGISTRY)
     with pytest.raises(RecipeError):
         recipe("raise").build(REGISTRY)
+
+
+def test_bits_go_to_the_pass_or_bring_it():
+    own = recipe("raise-aten", PassSpec.of("quantize", bits=5.0, skip=["lm_head"]))
+    assert with_bits(own, 4.5).passes[1] == PassSpec.of("quantize", bits=4.5, skip=["lm_head"])
+    brought = {spec.name: dict(spec.options) for spec in with_bits(RECIPES["default"], 4.5).passes}
+    assert brought["quantize"] == {"bits": 4.5}
+    assert list(brought) == [spec.name for spec in RECIPES["mixed"].passes]
+
+
+@pytest.mark.parametrize("bits", [math.nan, math.inf, -math.inf, 0.0, -1.0])
+def test_bits_that_are_no_budget(bits: float):
+    with pytest.raises(RecipeError, match=rf"^bits \(--bits\) is {bits}; wanted a finite number .* above 0, such as"):
+        with_bits(RECIPES["default"], bits)

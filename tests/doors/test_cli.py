@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import llmopt
 from llmopt.cli import app
+from llmopt.commands.figures import deliver
 from llmopt.compiler import gpus
 from llmopt.compiler.recipe import RECIPES, Recipe
 from llmopt.compiler.target import TARGETS
@@ -254,3 +255,13 @@ def test_interrupts_and_bugs(error: BaseException, code: int):
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("interrupted" if code == 130 else "error: ZeroDivisionError: oh; this is a bug")
     assert "Traceback" in CliRunner().invoke(own, ["--debug"]).stderr
+
+
+def test_json_knows_no_infinities(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    figures = {"a": [1.5, float("inf"), {"b": float("nan")}], "c": (True, None, "inf"), "d": -float("inf")}
+    want = {"a": [1.5, None, {"b": None}], "c": [True, None, "inf"], "d": None}
+    deliver(figures, pytest.fail, tmp_path / "f.json", as_json=True)
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "f.json").read_text()) == want
+    seen = []
+    deliver(figures, seen.append, None, as_json=False)
+    assert seen == [figures]

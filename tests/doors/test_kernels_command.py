@@ -31,14 +31,14 @@ def test_an_artifacts_kernels_are_listed_without_compiling(saved, capsys, monkey
     from llmopt.codegen import cubin_parallel
 
     monkeypatch.setattr(cubin_parallel, "compile_all", None)
-    list_kernels(str(saved), None, None, None, as_json=True)
+    list_kernels(str(saved), Wanted(), as_json=True)
     calls = json.loads(capsys.readouterr().out)["calls"]
     kernels = [c for c in calls if c["kernel"]]
     assert {shape for c in calls for shape in c["classes"]} == set(SHAPES)
     assert {c["kernel"].split(":")[0] for c in kernels} >= {"gemv", "gemm", "decode_attention", "rows", "sample"}
     assert all(c["registers"] > 0 and c["cubin_bytes"] > 0 and c["instructions"] > 0 for c in kernels)
     assert sum(c["instructions"] % 8 == 0 for c in kernels) < len(kernels) / 2, "padding is counted"
-    list_kernels(str(saved), None, None, None, as_json=False)
+    list_kernels(str(saved), Wanted(), as_json=False)
     ways = {c["when"]: c["op"] or c["kernel"] for c in calls if c["when"]}
     assert ways == {"fresh": "attend", "paged": "prefill_attention:prefill_attention"}
     text = capsys.readouterr().out
@@ -58,7 +58,7 @@ def test_an_artifact_for_a_gpu_needs_one_to_run(saved, monkeypatch):
 @pytest.mark.xcompile
 def test_an_artifact_takes_no_options(saved):
     with pytest.raises(InputError, match="leave out --recipe and --target"):
-        list_kernels(str(saved), "default", "cuda:sm_90", None, as_json=True)
+        list_kernels(str(saved), Wanted("default", "cuda:sm_90"), as_json=True)
 
 
 def test_what_no_single_kernel_does_is_said_once_for_all_its_classes():
@@ -69,7 +69,7 @@ def test_what_no_single_kernel_does_is_said_once_for_all_its_classes():
 
 def test_a_cpu_has_no_kernels():
     with pytest.raises(InputError, match="--target cuda:sm_90"):
-        list_kernels(PICO, None, "cpu:generic", None, as_json=True)
+        list_kernels(PICO, Wanted(None, "cpu:generic"), as_json=True)
 
 
 def test_without_triton_nothing_is_written_for_a_gpu(tmp_path, monkeypatch):
@@ -81,4 +81,4 @@ def test_without_triton_nothing_is_written_for_a_gpu(tmp_path, monkeypatch):
         compile_to(PICO, tmp_path / "a", Wanted("default", "cuda:sm_90", "float32"), as_json=True)
     assert not (tmp_path / "a").exists()
     with pytest.raises(InputError, match="has no GPU kernels: Triton is not installed for target cuda:sm_90"):
-        list_kernels(PICO, None, "cuda:sm_90", None, as_json=True)
+        list_kernels(PICO, Wanted(None, "cuda:sm_90"), as_json=True)

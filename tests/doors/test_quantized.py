@@ -90,12 +90,100 @@ def test_the_command_line_compiles_and_runs_it(tmp_path: Path) -> None:
         app, ["compile", str(PICO), "-o", str(out), "-r", "nvfp4", "--dtype", "float32", "--json"]
     )
     assert made.exit_code == 0, made.stderr
-    passes = json.loads(made.stdout)["report"]["passes"]
-    assert all("sqnr_db" in f for p in passes if p["name"] == "quantize" for f in p["figures"].values())
+    (quantizing,) = (p for p in json.loads(made.stdout)["report"]["passes"] if p["name"] == "quantize")
+    assert len(quantizing["figures"]) == 8
+    assert all(18 < f["sqnr_db"] < 25 for f in quantizing["figures"].values())
     told = CliRunner().invoke(app, ["run", str(out), PROMPT, "-n", "8"])
     assert told.exit_code == 0, told.stderr
     want = llmopt.compile(PICO, "nvfp4", dtype="float32").generate(PROMPT, max_new_tokens=8)
     assert told.stdout.rstrip("\n") == want
+
+
+def cli(*args: str, code: int = 0) -> tuple[str, str]:
+    """stdout and stderr, as one line of words, of a command that exits with `code`."""
+    done = CliRunner().invoke(app, list(args))
+    assert done.exit_code == code, done.stderr
+    return done.stdout, " ".join(done.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "short.txt"
+    path.write_text("def f(x): pass\n")
+    return str(path)
+
+
+FEW = "its second moment has rank 7 of 256; use at least 256 tokens (and 8 more values)"
+
+
+def test_too_few_tokens_are_said_by_every_command_that_learns(short: str, tmp_path: Path) -> None:
+    learn = ("-r", "reference+nvfp4+weighted", "--calibration", short)
+    out = tmp_path / "a"
+    said, told = cli("compile", str(PICO), "-o", str(out), *learn, "--json")
+    assert FEW in told
+    assert "7 tokens" in json.dumps(json.loads(said)["report"])
+    assert "note" not in cli("run", str(out), PROMPT, "-n", "2")[1]  # it was said when it was compiled
+    assert FEW in cli("run", str(PICO), PROMPT, "-n", "2", *learn)[1]
+    data = ("-d", str(PICO / "README.md"), "--window", "32", "--windows", "1", "--against", "none")
+    assert FEW in cli("eval", str(PICO), *data, *learn)[1]
+
+
+def test_a_recipe_that_learns_can_be_shown_and_compared(short: str) -> None:
+    learn = ("-r", "reference+nvfp4+gptq", "--calibration", short)
+    said, told = cli("show", str(PICO), "-g", "step", *learn)
+    assert said.count("= quantized_linear(") == 8
+    assert FEW in told
+    said, told = cli("diff", str(PICO), "--pass", "quantize", *learn)
+    assert said.count("\n+    quantized_linear") == 2 * 8
+    assert FEW in told
+
+
+def test_data_that_are_wanted_or_not_are_told(short: str) -> None:
+    for command in (("show", str(PICO)), ("bench", str(PICO))):
+        assert "--calibration FILE" in cli(*command, "-r", "reference+nvfp4+gptq", code=2)[1]
+    unread = cli("show", str(PICO), "-r", "reference+nvfp4", "--calibration", short, code=2)[1]
+    assert "no pass of recipe 'reference+nvfp4' reads any data; leave it out" in unread
+
+
+def test_a_recipe_that_learns_is_benchmarked(short: str) -> None:
+    sizes = ("--batch", "1", "--new-tokens", "2", "--prompt-tokens", "4", "--rounds", "1", "--peers", "")
+    learn = ("-r", "reference+nvfp4+weighted", "--calibration", short, "--dtype", "bfloat16")
+    said, told = cli("bench", str(PICO), *sizes, *learn, "--json")
+    figures = json.loads(said)
+    assert "reference+nvfp4+weighted, calibrated" in figures["peers"]["llmopt"]
+    assert figures["settings"]["calibration"] == "short.txt"
+    assert figures["peak_rss_bytes"] == {}
+    assert "calibrated with 7 tokens" in told
+
+
+@pytest.mark.parametrize("bits", ["nan", "inf", "0", "-1"])
+def test_bits_that_are_none_are_told_before_anything_is_read(bits: str, tmp_path: Path) -> None:
+    told = cli("compile", str(tmp_path / "none"), "-o", str(tmp_path / "a"), f"--bits={bits}", code=2)[1]
+    assert told.startswith(f"error: bits (--bits) is {float(bits)}; wanted a finite number of bits a weight above 0")
+
+
+def test_bits_too_few_and_plenty(short: str, tmp_path: Path) -> None:
+    args = ("compile", str(PICO), "-o", str(tmp_path / "a"), "-r", "reference", "--calibration", short)
+    told = cli(*args, "--bits", "3", code=2)[1]
+    assert "the weights take 4.1556 bits a weight in their smallest schemes, and the budget is 3 bits a weight" in told
+    told = cli(*args, "--bits", "16")[1]  # the checkpoint is bfloat16
+    assert "all 8 weights fit into 16 bits a weight unquantised, and stay as they are" in told
+    data = ("-d", str(PICO / "README.md"), "--bits", "0")
+    assert "leave out --bits," in cli("eval", str(tmp_path / "a"), *data, code=2)[1]
+    assert "leave out --recipe," in cli("show", str(tmp_path / "a"), "-r", "nvfp4", code=2)[1]
+
+
+def test_the_report_of_an_artifact_with_a_weight_of_zeros_is_json(pico: nn.Module, tmp_path: Path) -> None:
+    model = copy.deepcopy(pico)
+    model.model.layers[0].mlp.down_proj.weight.zero_()
+    llmopt.compile(model, "nvfp4+reference", target="cpu").save(tmp_path / "a")
+
+    def fail(constant: str) -> None:
+        pytest.fail(f"{constant} is no JSON")
+
+    for file in (tmp_path / "a").rglob("*.json"):
+        json.loads(file.read_text(), parse_constant=fail)
+    assert "lossless" in (tmp_path / "a" / "report.json").read_text()
 
 
 # torch.compile: the weights stay the module's own

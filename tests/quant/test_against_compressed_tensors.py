@@ -114,13 +114,14 @@ def matrix(kind: str) -> Tensor:
         "bfloat16": normal.bfloat16().float(),
         "steep": normal * torch.exp2(torch.randint(-6, 1, (256, 16), generator=source)).repeat_interleave(16, 1),
         "tails": normal / torch.rand(256, 256, generator=source).clamp(min=1e-3),
+        "half": normal * 1e3,  # some restored beyond the range of float16
     }[kind]
-    x = x.clamp(-1000, 1000)
+    x = x.clamp(-1000, 1000) if kind != "half" else x
     x[0, 0] = 21 * 2.0 ** (x.abs().amax() / 21).log2().ceil()
     return x
 
 
-KINDS = ["normal", "ties", "bfloat16", "steep", "tails"]
+KINDS = ["normal", "ties", "bfloat16", "steep", "tails", "half"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -221,9 +224,15 @@ def test_bfloat16_weights_and_figures():
         (torch.full((64, 64), torch.nan), "not finite"),
         (-torch.eye(64), "negative diagonal"),
         (torch.ones(64, 64) * 3 - 2 * torch.eye(64), "not positive semidefinite"),
+        (1.5 * torch.eye(64) - 0.5, "not positive semidefinite"),  # which no two columns by themselves show
+        (torch.eye(64) * (torch.arange(64) > 0) + torch.eye(64).roll(1, 0) + torch.eye(64).roll(1, 1), "semidefinite"),
+        (correlated(400, 64).triu(), r"not symmetric: \[0, 1\] is .* and \[1, 0\] is 0; give all of X\^T X"),
+        (correlated(400, 64).to_sparse(), "Hessian is torch.sparse_coo; .*to_dense"),
+        (torch.eye(64, device="meta"), "Hessian is on the meta device"),
+        ([[1.0]], r"Hessian is a list; wanted a tensor \[64, 64\]"),
     ],
 )
-def test_wrong_hessians_are_refused(hessian: Tensor, said: str):
+def test_wrong_hessians_are_refused(hessian: Any, said: str):
     with pytest.raises(InputError, match=said):
         gptq(matrix(8, 64), hessian, "nvfp4")
 
@@ -234,8 +243,40 @@ def test_wrong_options_are_refused():
         gptq(weight, hessian, "nvfp4", order="activations")
     with pytest.raises(InputError, match="damping"):
         gptq(weight, hessian, "nvfp4", damping=-1.0)
+    with pytest.raises(InputError, match=r"damping is nan; wanted a share .*0.01"):
+        gptq(weight, hessian, "nvfp4", damping=math.nan)
+    with pytest.raises(InputError, match="damping is inf"):
+        gptq(weight, hessian, "nvfp4", damping=math.inf)
     with pytest.raises(InputError, match="block"):
         gptq(weight, hessian, "nvfp4", block=0)
+    with pytest.raises(InputError, match="tokens is 0; wanted how many"):
+        gptq(weight, hessian, "nvfp4", tokens=0)
+    with pytest.raises(InputError, match="'max' looks at the largest"):
+        gptq(weight, hessian, "nvfp4", weight=torch.ones(64))
+    with pytest.raises(InputError, match="is a list"):
+        gptq([[1.0]], hessian, "nvfp4")  # type: ignore[arg-type]
+
+
+def test_a_parameter_is_a_matrix():
+    weight, hessian = matrix(8, 64), correlated(400, 64)
+
+    def kept(tensor: Tensor) -> Tensor:
+        raise AssertionError(f"{list(tensor.shape)} is kept for a backward pass")
+
+    with torch.autograd.graph.saved_tensors_hooks(kept, kept):
+        made = gptq(torch.nn.Parameter(weight), hessian.requires_grad_(), "nvfp4", "search", weight=torch.rand(64))
+    assert not any(t.requires_grad for t in (made.codes, made.dequantize(), made.global_scale))
+
+
+def test_sums_in_single_precision_are_symmetric_enough():
+    x = torch.randn(3000, 200, generator=torch.Generator().manual_seed(5)) * torch.logspace(-3, 3, 200)
+    x[:, 7] = 1e-30  # its square has no float32, its products with others have one
+    hessian = x.T @ x
+    hessian += 1e-6 * hessian.triu(1)
+    assert bool((hessian[7] != 0).any())
+    said: list[str] = []
+    gptq(matrix(8, 200), hessian, "nvfp4", say=said.append)
+    assert "1 of 200 columns" in said[0]
 
 
 def test_output_error_is_that_of_the_products():
