@@ -266,7 +266,7 @@ def _restored(
     if zero_points is not None:
         values = values - (zero_points.float() - scheme.element.zero).unsqueeze(-1)
     restored = (values * steps.unsqueeze(-1)).flatten(1)
-    # codes stand for nothing that wider dtypes cannot hold, and there this would be a tenth of the time
+    # codes stand for nothing that wider dtypes cannot hold, and to look again would take a sixth of the time
     restored = restored if torch.finfo(dtype).max >= _MOST else _clamped(restored, dtype)
     return restored.to(dtype)
 
