@@ -41,7 +41,7 @@ def test_logits_are_as_near_to_fp64_as_the_reference_s(case: Case) -> None:
         check(case, opened(case))
 
 
-ELEVEN = (3, 5, 2, 4, 3, 2, 6, 2, 3, 2, 2)
+ELEVEN = (7, 5, 2, 4, 3, 2, 6, 2, 3, 2, 2)  # the first one is read as a prompt, too: few tokens would be all chance
 
 
 @pytest.mark.interp
