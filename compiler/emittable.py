@@ -5,7 +5,7 @@ Names are `op_name`'s. A test holds the printer (codegen/emit.py) to exactly the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ PLAIN_VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatte
 CASTS = frozenset({"to", "_to_copy"})
 # products with a weight, by what of their arguments holds it and which one is a bias
 PRODUCTS = {"linear": (range(1, 2), 2), "quantized_linear": (range(1, 5), 5)}
+# (weights, activations) that scaled matrix instructions multiply as they are, both sides in codes with scales
+SCALED = frozenset({("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("mxfp8", "mxfp8")})
 OPERANDS = {"gemm": 6, "rows": 8}  # tensors a template's hooks may read
 OUTPUTS = 4  # tensors a kernel over rows may write
 LONGEST_ROW = 16384  # elements of a reduced axis: one program holds them all
@@ -89,14 +91,17 @@ def bias_of(product: fx.Node) -> fx.Node | None:
     return bias if isinstance(bias, fx.Node) else None
 
 
-def why_no_product(product: fx.Node) -> str | None:
-    """None if the templates of products take this one, else the reason."""
+def why_no_product(product: fx.Node, features: Collection[str]) -> str | None:
+    """None if the templates of products take this one on a target with these features, else the reason."""
     if op_name(product) == "linear":
         return None
     x = product.args[0].meta["val"]  # type: ignore[union-attr]
-    activations = argument(product, "activations", "")
-    if activations:
-        return f"its activations are rounded to {activations}; kernels multiply them as they are"
+    pair = argument(product, "scheme", ""), argument(product, "activations", "")
+    if pair[1] and "scaled_mma" not in features:
+        return f"its activations are rounded to {pair[1]}; kernels multiply them as they are"
+    if pair[1] and pair not in SCALED:
+        taken = ", ".join(sorted(weights for weights, _ in SCALED))
+        return f"its weights are in {pair[0]} and activations in {pair[1]}; kernels take both in one of {taken}"
     if x.dtype != torch.bfloat16:
         return f"low-bit weights are multiplied in bfloat16, and its operand is {x.dtype}".replace("torch.", "")
     return None

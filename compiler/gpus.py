@@ -2,7 +2,8 @@
 
 The table serves targets whose GPU is not at hand; on a machine that has it, the facts are torch's. The sizes of a row
 are those of the first product it names. Sources: CUDA C++ Programming Guide, "Compute Capabilities" (shared memory of a
-block is the multiprocessor's less 1 KB; fp8 from 8.9, PDL and TMA from 9.0) and "Binary Compatibility"; NVIDIA's data
+block is the multiprocessor's less 1 KB; fp8 from 8.9, PDL and TMA from 9.0), PTX ISA (`scaled_mma`, products of codes
+with block scales: tcgen05.mma of sm_100a, mma.sync of sm_120a) and "Binary Compatibility"; NVIDIA's data
 sheets of A100 SXM 80 GB, L40S, H200 SXM, HGX B200 and RTX 5090 (multiprocessors, bandwidth); L2 as drivers report it.
 """
 
@@ -57,11 +58,11 @@ GPUS: dict[str, Gpu] = {
     ),
     "sm_100": Gpu(
         ("B200", "GB200"), 148, 232448, 132_644_864, 7_700_000_000_000,
-        frozenset({"bf16", "fp8", "fp4", "pdl", "tma", "tcgen05"}), ((10, 0),),
+        frozenset({"bf16", "fp8", "fp4", "pdl", "tma", "tcgen05", "scaled_mma"}), ((10, 0),),
     ),
     "sm_120": Gpu(
         ("RTX 5090", "RTX 5080", "RTX PRO 6000"), 170, 101376, 96 << 20, 1_792_000_000_000,
-        frozenset({"bf16", "fp8", "fp4", "pdl", "tma"}), ((12, 0),),
+        frozenset({"bf16", "fp8", "fp4", "pdl", "tma", "scaled_mma"}), ((12, 0),),
     ),
 }  # fmt: skip
 

@@ -29,6 +29,7 @@ from llmopt.compiler.emittable import CASTS, is_product, keeps_order, op_name, p
 from llmopt.compiler.graph import Graph, origin, target_name
 from llmopt.compiler.pipeline import Context, Pass, PassStats
 from llmopt.compiler.program import Program
+from llmopt.compiler.target import Target
 from llmopt.passes.partition import Kernel, base, is_row_choice, is_view, partition, reason_against
 
 
@@ -49,8 +50,8 @@ class Fuse(Pass):
         step = program.graph("step")
         plain_sizes(step)
         plain_casts(step)
-        repeat_norms(step)
-        put_tokens_first(step)
+        repeat_norms(step, context.target)
+        put_tokens_first(step, context.target)
         step.fx.eliminate_dead_code()
         kernels = partition(step, context.target)
         before = {n: n.meta.get("kernel") for n in step.fx.nodes}
@@ -58,7 +59,7 @@ class Fuse(Pass):
         for kernel in kernels:
             if any(before.get(n) != n.meta["kernel"] for n in kernel.nodes):
                 stats.record(kernel.kind, kernel.nodes[-1].name, origin(kernel.nodes[-1]).source)
-        stats.notes += notes(kernels)
+        stats.notes += notes(kernels, context.target)
         return stats
 
 
@@ -67,11 +68,11 @@ def uses_triton(context: Context) -> bool:
     return "triton" in context.target.facts and "triton" in (knobs.provider() or context.recipe.providers)
 
 
-def notes(kernels: Sequence[Kernel]) -> list[str]:
+def notes(kernels: Sequence[Kernel], target: Target) -> list[str]:
     """How many kernels of each kind there are, and what torch runs, with the reason."""
     kinds = Counter(k.kind for k in kernels)
     alone = [k.nodes[0] for k in kernels if k.kind == "torch" and not is_row_choice(k.nodes[0])]
-    lone = Counter(f"{target_name(n)}: {reason_against(n)}" for n in alone)
+    lone = Counter(f"{target_name(n)}: {reason_against(n, target)}" for n in alone)
     found = ["kernels: " + ", ".join(f"{kind} x{count}" for kind, count in sorted(kinds.items()))]
     return found + [f"by torch: {what} (x{count})" for what, count in lone.items()]
 
@@ -91,13 +92,13 @@ def plain_casts(step: Graph) -> None:
         node.args = (node.args[0], node.meta["val"].dtype)
 
 
-def repeat_norms(step: Graph) -> None:
+def repeat_norms(step: Graph, target: Target) -> None:
     """A norm that only products read is repeated for each: that costs less than a kernel and a tensor of its own."""
     for norm in list(step.calls("rms_norm")):
         last = norm
         while len(last.users) == 1 and op_name(next(iter(last.users))) in CASTS:
             last = next(iter(last.users))
-        products = [u for u in last.users if is_product(u) and reason_against(u) is None and u.args[0] is last]
+        products = [u for u in last.users if is_product(u) and reason_against(u, target) is None and u.args[0] is last]
         if len(products) == len(last.users):
             for product in products[1:]:
                 product.update_arg(0, _repeated(step, norm, last))
@@ -113,10 +114,10 @@ def _repeated(step: Graph, first: fx.Node, last: fx.Node) -> fx.Node:
     return copy
 
 
-def put_tokens_first(step: Graph) -> None:
+def put_tokens_first(step: Graph, target: Target) -> None:
     """Attention's kernels write [1, N, H, D]; who reads [1, H, N, D] reads a view of that."""
     for attend in list(step.calls("attend")):
-        if reason_against(attend) is None and not (
+        if reason_against(attend, target) is None and not (
             len(attend.users) == 1 and puts_tokens_first(next(iter(attend.users)))
         ):
             with step.fx.inserting_after(attend):

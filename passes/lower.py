@@ -54,7 +54,7 @@ class Lower(Pass):
         fused = any("kernel" in node.meta for node in step.calls())
         if fused or ("inductor" in allowed and "cpp" in context.target.facts):
             names = {spec.name for spec in program.state}
-            program.graphs.update(outline_kernels(step) if fused else outline(step, names))
+            program.graphs.update(outline_kernels(step, context.target) if fused else outline(step, names))
             calls = Counter(str(n.target) for n in step.fx.nodes if n.op == "call_module")
             stats.notes.append("regions: " + ", ".join(f"{name} x{count}" for name, count in calls.items()))
         if not fused and context.target.kind == "cuda":
@@ -104,7 +104,7 @@ def _why_not(name: str, node: fx.Node, op: Op, context: Context) -> str | None:
     if name == "inductor" and "cpp" in facts and op.traceable:
         return None
     if name == "triton" and "triton" in facts and "kernel" in node.meta:
-        return reason_against(node)
+        return reason_against(node, context.target)
     provider = op.providers.get(name)
     if provider is None:
         return ""

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from llmopt.compiler.emittable import PRODUCTS
 from llmopt.compiler.graph import Graph, SizeType, target_name, type_of
+from llmopt.compiler.target import Target
 from llmopt.passes.partition import is_row_choice, is_view, reason_against
 
 
@@ -87,14 +88,14 @@ def outline(graph: Graph, state: Collection[str]) -> dict[str, Graph]:
     return _put(graph, regions, labelled)
 
 
-def outline_kernels(graph: Graph) -> dict[str, Graph]:
+def outline_kernels(graph: Graph, target: Target) -> dict[str, Graph]:
     """As `outline`, along `meta["kernel"]`: `gemm`, `attention`, `rows`; what no kernel takes stays in the graph."""
     members: dict[int, list[fx.Node]] = {}
     for node in graph.calls():
         if "kernel" in node.meta:
             members.setdefault(node.meta["kernel"], []).append(node)
     regions = [Region(members[number]).close() for number in sorted(members)]
-    return _put(graph, regions, [(r, label) for r in regions if (label := _kernel_label(r)) is not None])
+    return _put(graph, regions, [(r, label) for r in regions if (label := _kernel_label(r, target)) is not None])
 
 
 def blocks(graph: Graph) -> list[Region]:
@@ -106,9 +107,9 @@ def blocks(graph: Graph) -> list[Region]:
     return pieces[: products[-1]] if products else []
 
 
-def _kernel_label(region: Region) -> str | None:
+def _kernel_label(region: Region, target: Target) -> str | None:
     names = {target_name(n) for n in region.nodes}
-    if any(reason_against(n) is not None for n in region.nodes if not is_view(n)):
+    if any(reason_against(n, target) is not None for n in region.nodes if not is_view(n)):
         return None
     return "attention" if "attend" in names else "gemm" if names & PRODUCTS.keys() else "rows"
 

@@ -74,8 +74,8 @@ def is_row_choice(node: fx.Node) -> bool:
     return isinstance(rows, fx.Node) and rows.op == "placeholder"
 
 
-def reason_against(node: fx.Node) -> str | None:
-    """Why no kernel template can take this node, or None."""
+def reason_against(node: fx.Node, target: Target) -> str | None:
+    """Why no kernel template can take this node on this target, or None."""
     if is_row_choice(node):
         return "rows are chosen by a copy"
     if any(_is_double(n) for n in (node, *node.all_input_nodes)):
@@ -88,11 +88,13 @@ def reason_against(node: fx.Node) -> str | None:
             if (reason := why_not(source)) is not None:
                 return f"{op_name(source)} in front of it: {reason}"
             source = source.args[0]  # type: ignore[assignment]
+    if op_name(node) in PRODUCTS:
+        return _not_product(node, target)
     return _ANCHORS[op_name(node)](node) if op_name(node) in _ANCHORS else why_not(node)
 
 
-def _not_product(node: fx.Node) -> str | None:
-    return why_no_product(node) if all(map(_is_given, weight_of(node))) else "its weight is computed"
+def _not_product(node: fx.Node, target: Target) -> str | None:
+    return why_no_product(node, target.features) if all(map(_is_given, weight_of(node))) else "its weight is computed"
 
 
 def _not_attend(node: fx.Node) -> str | None:
@@ -117,7 +119,7 @@ def _not_write(node: fx.Node) -> str | None:
     return _not_attend(attends[0]) if attends else "nothing attends to its pages"
 
 
-_ANCHORS = {**dict.fromkeys(PRODUCTS, _not_product), "attend": _not_attend, "kv_write": _not_write}
+_ANCHORS = {"attend": _not_attend, "kv_write": _not_write}
 
 
 def _is_double(node: fx.Node) -> bool:
@@ -144,8 +146,8 @@ class _Partition:
         self.final = {base(n) for n in graph.fx.output_node().all_input_nodes}
         words = [n for n in self.units if any(s.name == "input_ids" for s in n.all_input_nodes)]
         self.hidden = set(words).union(*(nx.descendants(self.flow, n) for n in words))
-        self.against = {n: reason_against(n) for n in self.units}
-        self.free = {n for n in self.units if self.against[n] is None and op_name(n) not in _ANCHORS}
+        self.against = {n: reason_against(n, target) for n in self.units}
+        self.free = {n for n in self.units if self.against[n] is None and op_name(n) not in (*PRODUCTS, *_ANCHORS)}
         self.made: list[Kernel] = []
 
     def kernels(self) -> list[Kernel]:

@@ -93,7 +93,7 @@ def test_an_aten_linear_with_a_weight_is_torch_s_too() -> None:
     """Its name is not that of llmopt's own op, which the templates multiply."""
     step, _ = fused(block(SPELLINGS["tanh"]))
     product = next(step.calls("linear"))
-    assert reason_against(product) is None
+    assert reason_against(product, TARGET) is None
     product.target = torch.ops.aten.linear.default
-    assert reason_against(product) == "aten.linear is not among the ops that can be printed"
+    assert reason_against(product, TARGET) == "aten.linear is not among the ops that can be printed"
     assert [k.kind for k in partition(step, TARGET) if product in k.nodes] == ["torch"]

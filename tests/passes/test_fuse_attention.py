@@ -66,21 +66,21 @@ def test_the_partition_takes_what_the_templates_take_and_gives_their_reason(size
     step = step_of(*sizes, fused=False)
     (attend,) = step.calls("attend")
     for template in (decode_attention, prefill_attention):
-        assert reason_against(attend) == template.supports(attention_shape(attend), "float32", GPU.target)
-    said = [note for note in notes(partition(step, GPU.target)) if note.startswith("by torch: attend")]
+        assert reason_against(attend, GPU.target) == template.supports(attention_shape(attend), "float32", GPU.target)
+    said = [note for note in notes(partition(step, GPU.target), GPU.target) if note.startswith("by torch: attend")]
     assert bool(said) == (sizes[0] == 160 or sizes[2] == 512)
-    assert said == [f"by torch: attend: {reason_against(attend)} (x1)"] * len(said)
+    assert said == [f"by torch: attend: {reason_against(attend, GPU.target)} (x1)"] * len(said)
 
 
 @pytest.mark.parametrize(("at", "name"), [(3, "tables"), (5, "positions"), (6, "sinks")])
 def test_what_attention_reads_ahead_is_not_computed_in_the_step(at: int, name: str) -> None:
     step = step_of(fused=False)
     (attend,) = step.calls("attend")
-    assert reason_against(attend) is None
+    assert reason_against(attend, GPU.target) is None
     computed(step, attend, at, attend.args[5] if at == 6 else attend.args[at])
-    assert (reason_against(attend) or "").startswith(f"its {name} are computed in the step; wanted")
+    assert (reason_against(attend, GPU.target) or "").startswith(f"its {name} are computed in the step; wanted")
     (write, _) = step.calls("kv_write")
-    assert reason_against(write) == reason_against(attend)
+    assert reason_against(write, GPU.target) == reason_against(attend, GPU.target)
 
 
 def test_slots_are_not_computed_in_the_step() -> None:
@@ -88,7 +88,7 @@ def test_slots_are_not_computed_in_the_step() -> None:
     for write in step.calls("kv_write"):
         computed(step, write, 2, write.args[2])
     (attend,) = step.calls("attend")
-    assert (reason_against(attend) or "").startswith("its slots are computed")
+    assert (reason_against(attend, GPU.target) or "").startswith("its slots are computed")
 
 
 def test_a_norm_whose_weight_is_computed_in_the_step_is_apart_from_the_product() -> None:
