@@ -9,6 +9,8 @@ one kernel:
 
 Class "many" is any other step: the product is torch's (cuBLAS, low-bit weights decoded first), attention works on
 tiles of queries, and what stands before and behind them are kernels over rows.
+
+A product whose activations are rounded, too, is two kernels in every class: `rounded` and `scaled`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Mapping
 from llmopt.codegen.fused_attention import attention, many_attention
 from llmopt.codegen.fused_product import many_product, product
 from llmopt.codegen.fused_region import FusedRegion
+from llmopt.codegen.fused_scaled import MANY_TOKENS, is_scaled, scaled_product
 from llmopt.codegen.kernel import RegionCode
 from llmopt.compiler.errors import BuildError, EmitError
 from llmopt.compiler.graph import Graph
@@ -33,6 +36,8 @@ def region_code(graph: Graph, shape: str, target: Target, ordered: Mapping[str, 
     try:
         if list(region.graph.calls("attend")):
             many_attention(region) if shape == MANY else attention(region, int(shape))
+        elif any(map(is_scaled, region.products())):
+            scaled_product(region, MANY_TOKENS if shape == MANY else int(shape))
         elif region.products():
             many_product(region) if shape == MANY else product(region, int(shape))
         else:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import fx
 
@@ -17,13 +15,15 @@ from llmopt.codegen.fused_region import (
     calls_any,
     config_of,
     dtype_of,
+    operand,
     passed,
+    scratch_of,
     template_of,
     type_of,
 )
-from llmopt.codegen.kernel import Buffer, Call, Scalar
+from llmopt.codegen.kernel import Call, Scalar
 from llmopt.codegen.printer import Operands
-from llmopt.compiler.emittable import CASTS, keeps_order, op_name, weight_of
+from llmopt.compiler.emittable import keeps_order, op_name, weight_of
 from llmopt.compiler.errors import EmitError
 
 
@@ -42,7 +42,7 @@ def product(region: FusedRegion, tokens: int) -> None:
 
 def _kernel(region: FusedRegion, linear: fx.Node, tokens: int) -> Call:
     result = region.result()
-    x, norm = _operand(linear)
+    x, norm = operand(linear)
     sizes = {"K": columns(linear), "N": tokens, "NORM": int(norm is not None)}
     if op_name(linear) == "quantized_linear":
         given = norm is None and region.place(x) in region.ordered
@@ -64,7 +64,7 @@ def _kernel(region: FusedRegion, linear: fx.Node, tokens: int) -> Call:
         ("N", "i32", region.tokens(linear)),
     ]
     if hasattr(template_of(template), "scratch"):
-        arguments += _scratch(region, template, sizes, config)
+        arguments += scratch_of(region, template, sizes, config)
     constants: dict[str, Scalar] = {
         **told,
         **{k: size for k, size in sizes.items() if k != "N"},
@@ -89,26 +89,6 @@ def _weight(
     (weight,) = weight_of(linear)
     given: list[Argument] = [("w", type_of(weight), region.argument(weight))]
     return "gemv:gemv" if tokens == 1 else "gemm:gemm", dtype_of(weight), given, {}
-
-
-def _operand(linear: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """(x, the norm of x in front of the product or None); casts of the norm's result are the kernel's business."""
-    node = linear.args[0]
-    while calls_any(node, CASTS) or keeps_order(node):  # type: ignore[arg-type]
-        node = node.args[0]  # type: ignore[union-attr]
-    if calls_any(node, {"rms_norm"}):  # type: ignore[arg-type]
-        return node.args[0], node  # type: ignore[return-value, union-attr]
-    return linear.args[0], None  # type: ignore[return-value]
-
-
-def _scratch(region: FusedRegion, template: str, sizes: Mapping[str, int], config: Mapping[str, Any]) -> list[Argument]:
-    tickets, partial = template_of(template).scratch(sizes, config)
-    if not tickets:
-        return [("tickets", None, None), ("partial", None, None)]
-    return [
-        ("tickets", "*i32", region.temporary(Buffer((tickets,), "int32", kept=True))),
-        ("partial", "*fp32", region.temporary(Buffer((partial,), "float32"))),
-    ]
 
 
 def many_product(region: FusedRegion) -> None:

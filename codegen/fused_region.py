@@ -16,7 +16,7 @@ from llmopt.codegen.kernel import Buffer, Call, Kernel, Prepared, Scalar, Size
 from llmopt.codegen.printer import TYPES, Operands
 from llmopt.codegen.rows import rows_calls
 from llmopt.codegen.tuning import pick
-from llmopt.compiler.emittable import PRODUCTS, bias_of, is_product, keeps_order, op_name
+from llmopt.compiler.emittable import CASTS, PRODUCTS, bias_of, is_product, keeps_order, op_name
 from llmopt.compiler.errors import EmitError
 from llmopt.compiler.graph import Graph
 from llmopt.compiler.target import Target
@@ -124,6 +124,29 @@ def passed(region: FusedRegion, operands: Operands) -> list[Argument]:
     there = zip(operands.types(), operands.nodes, strict=True)
     given = [(name, type_, region.stored[node]) for (name, type_), node in there]
     return [*given, *((name, None, None) for name, _ in operands.absent())]
+
+
+def operand(linear: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """(x, the norm of x in front of the product or None); casts of the norm's result are the kernel's business."""
+    node = linear.args[0]
+    while calls_any(node, CASTS) or keeps_order(node):  # type: ignore[arg-type]
+        node = node.args[0]  # type: ignore[union-attr]
+    if calls_any(node, {"rms_norm"}):  # type: ignore[arg-type]
+        return node.args[0], node  # type: ignore[return-value, union-attr]
+    return linear.args[0], None  # type: ignore[return-value]
+
+
+def scratch_of(
+    region: FusedRegion, template: str, sizes: Mapping[str, int], config: Mapping[str, Any]
+) -> list[Argument]:
+    """What programs that share K need: their tickets and partial sums."""
+    tickets, partial = template_of(template).scratch(sizes, config)
+    if not tickets:
+        return [("tickets", None, None), ("partial", None, None)]
+    return [
+        ("tickets", "*i32", region.temporary(Buffer((tickets,), "int32", kept=True))),
+        ("partial", "*fp32", region.temporary(Buffer((partial,), "float32"))),
+    ]
 
 
 def call_of(

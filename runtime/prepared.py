@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from llmopt.codegen.kernel import Prepared
 from llmopt.codegen.lowbit_layout import lay
+from llmopt.codegen.scaled_layout import lay_scaled
 from llmopt.compiler.emittable import is_product, weight_of
 from llmopt.compiler.graph import target_name
 from llmopt.compiler.program import Program
@@ -22,7 +23,7 @@ from llmopt.runtime.executor import no_room
 from llmopt.runtime.gpu_code import MANY, GpuCode
 
 # what makes a form: called with tensors, then constants by name; its results are attributes
-FORMS: Mapping[str, Callable[..., Any]] = {"lowbit": lay}
+FORMS: Mapping[str, Callable[..., Any]] = {"lowbit": lay, "scaled": lay_scaled}
 
 # by the first tensor that a form is made of: the others are parts of the same weight
 _MADE: MutableMapping[Tensor, dict[tuple[Any, ...], list[Tensor | None]]] = WeakTensorKeyDictionary()
