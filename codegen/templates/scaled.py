@@ -21,8 +21,8 @@ from llmopt.compiler.quant.schemes import SCHEMES
 from llmopt.compiler.target import Target
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Columns of a product: below 16 Triton 3.6 and 3.7 decode the codes for sm_100, or fail; 32 scales fill a column
-# of tensor memory with, and weights, not tokens, are what few tokens wait for.
+# Columns of a product: below 16 Triton 3.6 and 3.7 decode the codes for sm_100, or fail. 32 fill the lanes of tensor
+# memory that hold x's scales, the plainest form there is; few tokens wait for weights anyway.
 FEWEST, FEWEST_IN_TENSOR_MEMORY = 16, 32
 
 
