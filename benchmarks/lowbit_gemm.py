@@ -1,4 +1,4 @@
-"""The products of decoding with low-bit weights on one GPU: the `lowbit` template against cuBLAS bf16 and tinygemm.
+"""The products of decoding with low-bit weights on one GPU: `lowbit` against cuBLAS bf16, tinygemm and gemlite.
 
     python benchmarks/lowbit_gemm.py --only compile --jobs 2          # needs no GPU: fills LLMOPT_CACHE
     python benchmarks/lowbit_gemm.py --minutes 3.5 --out lowbit.json
@@ -45,7 +45,7 @@ from _lowbit_cases import (
 from _lowbit_chain import chain
 from _lowbit_compile import compile_all, there
 from _lowbit_files import Job, accept, fastest, merged
-from _lowbit_peers import Bf16, TinyGemm
+from _lowbit_peers import INT4, Bf16, checked
 
 from llmopt.codegen.kernel import Launch, Launcher
 from llmopt.codegen.lowbit_layout import Laid
@@ -211,14 +211,14 @@ def measure(bench: Bench, job: Job, tried: list[Variant], said: dict[str, str]) 
     bf16 = bench.bf16.setdefault(alone, Bf16(alone, bench.device))
     x = operands.x[:tokens, : shape.K].contiguous()
     graphs["cublas"] = bench.graph(lambda w: F.linear(x, w), bf16.copies)
-    if scheme.startswith("int4"):
+    for peer, make in INT4.items() if scheme.startswith("int4") else ():
         try:
-            tiny = TinyGemm(alone, 128, bench.device)
-            graphs["tinygemm"] = bench.graph(lambda w: tiny.run(x, w), tiny.copies)
-        except (RuntimeError, AttributeError) as error:
-            said["tinygemm"] = str(error)[:300]
+            made = checked(make(alone, 128, bench.device), x)
+            graphs[peer] = bench.graph(lambda w, p=made: p.run(x, w), list(made.copies))
+        except Exception as error:  # whatever stops a peer is told
+            said[f"{peer} {shape.name} {tokens}"] = f"{type(error).__name__}: {str(error)[:300]}"
     us = bench.in_turns(graphs)
-    peers = {name: us.pop(name) for name in ("cublas", "tinygemm") if name in us}
+    peers = {name: us.pop(name) for name in ("cublas", *INT4) if name in us}
     rows = [
         {"us": us[name], "error": errors[name], **summary(by_name[name])} for name in sorted(us, key=us.__getitem__)
     ]

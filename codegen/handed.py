@@ -2,8 +2,8 @@
 
 A product of more than eight tokens reads x in wgmma's order of columns (`lowbit_layout.in_order`). Where all that reads
 a region's output is such products, the region may as well write it so, which spares a kernel. A region is the code of
-many layers, so this must hold wherever it is called. What is handed over in this order is known by its names alone: a
-step's outputs, and what any other class of shapes computes, stand as they are.
+many layers, so this must hold wherever it is called. A step's outputs, and what it computes for any other class of
+shapes, stand as they are.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def handed_over(
     for taker, sources in givers.items():
         for giver in sources:
             takers[giver].add(taker)
-    for giver in {_source(n) for result in step.outputs() for n in [result] if isinstance(n, fx.Node)} | _elsewhere(
-        step
-    ):
+    for giver in {_source(n) for n in step.outputs() if isinstance(n, fx.Node)} | _elsewhere(step):
         takers[giver].add(("", ""))  # read by what wants it as it is
     while True:
         kept = {

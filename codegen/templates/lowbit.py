@@ -20,6 +20,7 @@ import triton.language as tl
 from llmopt.codegen.lowbit_layout import COLUMNS, own, side
 from llmopt.codegen.templates.lowbit_tile import (
     INTERPRETED,
+    columns,
     constant_operand,
     in_order,
     load_byte_scales,
@@ -163,7 +164,7 @@ def lowbit(  # noqa: C901
         tl.extra.cuda.gdc_wait()
     for step in range(STEPS):
         start = (split * STEPS + step) * SPAN
-        k = start + tl.arange(0, SPAN)[None, :]
+        k = start + columns(SPAN, OWN, WIDE)
         whole = k < K if MASKED else tl.full([1, 1], True, tl.int1)
         a0, f0 = _part(w, scales, stripe + OFFSET0 // 16, start, ELEMENT, SIDE, SCALE, GROUP, OWN, KP, BATCH, BLOCK_K,
                        WIDE, END)  # fmt: skip
@@ -299,7 +300,7 @@ def _wide(shape: Mapping[str, int], cores: int) -> Iterator[_Tile]:
         for split in [1, *splits[: most - 1]] if alone else [*splits[:most], 1]:
             yield from [(rows, 128, 1, split, 4, 4), (rows, 256, 1, split, 3, 4)]
             if shape["N"] > 32:
-                yield (rows, 256, 1, split, 2, 4)
+                yield from [(rows, 256, 1, split, 2, 4), (rows, 128, 1, split, 3, 4)]
             if rows == 128:
                 yield (rows, 128, 1, split, 4, 8)
 

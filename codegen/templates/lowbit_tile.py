@@ -204,12 +204,25 @@ def _eight(v0, v1, v2, v3, v4, v5, v6, v7):
 
 
 @triton.jit
+def columns(COUNT: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr):
+    """The columns of a step [1, COUNT], eight neighbours each, as they are loaded for `in_order`."""
+    at = tl.arange(0, COUNT)
+    if OWN == 32 and not WIDE:
+        # lanes that read side by side shares of 64 bytes each would meet in the same banks of shared memory
+        at = at // 128 * 128 + at // 8 % 4 * 32 + at // 32 % 4 * 8 + at % 8
+    return at[None, :]
+
+
+@triton.jit
 def in_order(x, OWN: tl.constexpr, BATCH: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
-    """x [M, BATCH * COLUMNS] with the columns of each step in the operand's order: [BATCH, COLUMNS, M], or
-    [COLUMNS, M] for a BATCH of 1."""
+    """x [M, BATCH * COLUMNS] as `columns` has it with the columns of each step in the operand's order:
+    [BATCH, COLUMNS, M], or [COLUMNS, M] for a BATCH of 1."""
     M: tl.constexpr = x.shape[0]
     if WIDE:
         parts = tl.permute(tl.reshape(x, [M, BATCH * COLUMNS // (4 * OWN), 4, OWN // 8, 2, 2, 2]), 0, 1, 3, 4, 5, 2, 6)
+        x = tl.reshape(parts, [M, BATCH, COLUMNS])
+    elif OWN == 32:
+        parts = tl.permute(tl.reshape(x, [M, BATCH * COLUMNS // 128, 4, 4, 2, 4]), 0, 1, 2, 4, 3, 5)
         x = tl.reshape(parts, [M, BATCH, COLUMNS])
     else:
         parts = tl.permute(tl.reshape(x, [M, BATCH * COLUMNS // (4 * OWN), 4, OWN // 8, 2, 4]), 0, 1, 3, 4, 2, 5)
