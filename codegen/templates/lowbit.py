@@ -132,6 +132,7 @@ def lowbit(  # noqa: C901
     """
     OWN: tl.constexpr = GROUP if SIDE == "weights" else 8
     KP: tl.constexpr = (K + 255) // 256 * 256
+    SPREAD: tl.constexpr = OWN == 32 and SLICES > 1 and BLOCK_M == 1
     BATCH: tl.constexpr = SLICES * UNROLL
     SPAN: tl.constexpr = BATCH * BLOCK_K
     STEPS: tl.constexpr = (KP + SPAN * SPLIT_K - 1) // (SPAN * SPLIT_K)
@@ -164,7 +165,7 @@ def lowbit(  # noqa: C901
         tl.extra.cuda.gdc_wait()
     for step in range(STEPS):
         start = (split * STEPS + step) * SPAN
-        k = start + columns(SPAN, OWN, WIDE)
+        k = start + columns(SPAN, SPREAD)
         whole = k < K if MASKED else tl.full([1, 1], True, tl.int1)
         a0, f0 = _part(w, scales, stripe + OFFSET0 // 16, start, ELEMENT, SIDE, SCALE, GROUP, OWN, KP, BATCH, BLOCK_K,
                        WIDE, END)  # fmt: skip
@@ -177,7 +178,7 @@ def lowbit(  # noqa: C901
             x = x * LOAD_G(k, whole, e0, e1, e2, e3, e4, e5)
         x = x.to(tl.bfloat16)
         # in order no thread touches it: it is copied to where wgmma reads it
-        x = tl.trans(x) if ORDERED else in_order(x, OWN, BATCH, BLOCK_K, WIDE)
+        x = tl.trans(x) if ORDERED else in_order(x, OWN, BATCH, BLOCK_K, WIDE, SPREAD)
         if BLOCK_M < 8:
             x = tl.broadcast_to(x, [BLOCK_K, COLUMNS] if BATCH == 1 else [BATCH, BLOCK_K, COLUMNS])
         acc0 = _product(a0, x, acc0, f0, SIDE, SLICES, WIDE)

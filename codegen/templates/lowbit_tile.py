@@ -204,24 +204,28 @@ def _eight(v0, v1, v2, v3, v4, v5, v6, v7):
 
 
 @triton.jit
-def columns(COUNT: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr):
-    """The columns of a step [1, COUNT], eight neighbours each, as they are loaded for `in_order`."""
+def columns(COUNT: tl.constexpr, SPREAD: tl.constexpr):
+    """The columns of a step [1, COUNT] as they are loaded for `in_order`; SPREAD, for lanes with 32 of their own: so
+    that they read eight each side by side, where 64 bytes apart they would meet in the same banks of shared memory."""
     at = tl.arange(0, COUNT)
-    if OWN == 32 and not WIDE:
-        # lanes that read side by side shares of 64 bytes each would meet in the same banks of shared memory
+    if SPREAD:
         at = at // 128 * 128 + at // 8 % 4 * 32 + at // 32 % 4 * 8 + at % 8
+        # copies of 8 bytes go through the first cache, those of 16 past it, where such an order costs twice the time
+        at = tl.max_contiguous(at, 4)
     return at[None, :]
 
 
 @triton.jit
-def in_order(x, OWN: tl.constexpr, BATCH: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+def in_order(
+    x, OWN: tl.constexpr, BATCH: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, SPREAD: tl.constexpr
+):
     """x [M, BATCH * COLUMNS] as `columns` has it with the columns of each step in the operand's order:
     [BATCH, COLUMNS, M], or [COLUMNS, M] for a BATCH of 1."""
     M: tl.constexpr = x.shape[0]
     if WIDE:
         parts = tl.permute(tl.reshape(x, [M, BATCH * COLUMNS // (4 * OWN), 4, OWN // 8, 2, 2, 2]), 0, 1, 3, 4, 5, 2, 6)
         x = tl.reshape(parts, [M, BATCH, COLUMNS])
-    elif OWN == 32:
+    elif SPREAD:
         parts = tl.permute(tl.reshape(x, [M, BATCH * COLUMNS // 128, 4, 4, 2, 4]), 0, 1, 2, 4, 3, 5)
         x = tl.reshape(parts, [M, BATCH, COLUMNS])
     else:
