@@ -114,6 +114,14 @@ def test_writing_replaces_the_entry_of_the_same_key(tables: Path) -> None:
     assert [e["config"]["BLOCK_J"] for e in json.loads((tables / "sm_90.json").read_text())["entries"]] == [4, 2]
 
 
+def test_writing_drops_what_was_measured_on_other_kernels(tables: Path) -> None:
+    old, other = "0" * 16, {**SHAPE, "J": 8}
+    tuning.write("sm_90", [entry(source=old), entry(source=old, shape=other), entry(template="gemm", source=old)], tables)
+    tuning.write("sm_90", [entry()], tables)
+    left = json.loads((tables / "sm_90.json").read_text())["entries"]
+    assert [(e["template"], e["source"] == old) for e in left] == [("gemm", True), ("gemv", False)]
+
+
 def test_a_trial_gives_its_constants_and_says_what_was_asked_for(tables: Path) -> None:
     tuning.write("sm_90", [entry()], tables)
     name, other = tuning.key("gemv", SHAPE, "bfloat16"), {**SHAPE, "J": 4096}
