@@ -13,6 +13,7 @@ SCHEMES = {
     "nvfp4": "NVFP4", "mxfp4": "MXFP4", "int4_g128": "INT4, groups of 128", "mxfp6_e2m3": "MXFP6 E2M3",
     "fp8_channel": "FP8 by row", "mxfp8": "MXFP8", "int8": "INT8 by row",
 }  # fmt: skip
+INT4_PEERS = ("tinygemm", "gemlite")
 MODELS = {"8b": "8B", "70b-tp8": "70B on eight GPUs"}
 
 
@@ -80,9 +81,28 @@ def _products(figures: dict[str, Any]) -> str:
         for c in figures["chain"]
         if c["tokens"] == 1 and c["model"] == "8b"
     ]
-    return "\n".join(
-        [*lines, "", f"A layer's four products in a chain of 32 layers, 8B, one token: {'; '.join(chains)}."]
-    )
+    chain = f"A layer's four products in a chain of 32 layers, 8B, one token: {'; '.join(chains)}."
+    return "\n".join([*lines, "", chain, *_int4_peers(figures["cases"])])
+
+
+def _int4_peers(cases: list[dict[str, Any]]) -> list[str]:
+    """Against other kernels for int4 weights, of 8B; nothing where none was measured."""
+    mine = [c for c in cases if c["scheme"] == "int4_g128" and c["model"] == "8b" and len(c["peers_us"]) > 1]
+    if not mine:
+        return []
+    counts, rows = sorted({c["tokens"] for c in mine}), {c["name"]: [] for c in mine}
+    for c in sorted(mine, key=lambda c: c["tokens"]):
+        us, peers_us = next(row["us"] for row in c["rows"] if row["pdl"]), c["peers_us"]
+        rows[c["name"]].append(", ".join(f"{peers_us[p] / us:.1f}x" if p in peers_us else "-" for p in INT4_PEERS))
+    return [
+        "",
+        "How many times as long torch's int4 product (tinygemm) and gemlite's (tuned as it ships for an H100) take, "
+        "8B, groups of 128; -: more than 2 % off the product of its own weights.",
+        "",
+        "| product | " + " | ".join(f"{n} token" + "s" * (n > 1) for n in counts) + " |",
+        "|---|" + "---|" * len(counts),
+        *(f"| {name} | {' | '.join(times)} |" for name, times in rows.items()),
+    ]
 
 
 def _timed(case: dict[str, Any]) -> str:

@@ -8,6 +8,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from llmopt.codegen.cubin import Cubin
+
 # what moves data between lanes or to memory that only registers should hold
 MOVES = ("SHFL", "STS", "STSM", "LDL", "STL")
 
@@ -33,6 +35,17 @@ def loop(code: list[str]) -> list[str]:
         if back and f"{back[1]}:" in code[:end]:
             found.append(code[code.index(f"{back[1]}:") : end + 1])
     return [text for text in max(found, key=len) if not text.startswith(".L")]
+
+
+def undisturbed(made: Cubin, what: object = "") -> list[str]:
+    """The loop of a kernel that makes operands in registers: checked for what would move these out of the way (spills)
+    and for what would change them while a product reads them."""
+    repeated = loop(machine_code(made.data))
+    count = names(repeated)
+    assert made.spills == 0, what
+    assert not count["LDL"] + count["STL"], what
+    assert not overwritten(repeated), what
+    return repeated
 
 
 def names(code: list[str]) -> Counter[str]:

