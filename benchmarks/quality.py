@@ -29,7 +29,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmopt.commands.eval import Settings, Subject, figures_of, logits_of, prepared, tokens_at_once, uncompressed
+from llmopt.commands.eval import Settings, Subject, figures_of, logits_of, prepared, tokens_at_once
+from llmopt.commands.model import uncompressed
 from llmopt.compiler.checkpoint import DTYPES
 from llmopt.compiler.errors import InputError, LlmoptError
 from llmopt.compiler.recipe import RECIPES, Recipe

@@ -147,11 +147,11 @@ def _names(node: ast.AST, context: type[ast.expr_context]) -> set[str]:
 
 def write(isa: str, entries: Iterable[Mapping[str, Any]], folder: Path | None = None) -> Path:
     """Put entries into an architecture's table, each in place of the one of the same key, and drop those of the same
-    templates that were measured on other kernels; the file's path."""
+    templates that were measured on other kernels than there are now; the file's path."""
     path, entries = (folder or TABLES) / f"{isa}.json", list(entries)
-    measured = {e["template"]: e["source"] for e in entries}
+    measured = {e["template"] for e in entries}
     old = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.exists() else []
-    old = [e for e in old if e["source"] == measured.get(e["template"], e["source"])]
+    old = [e for e in old if e["template"] not in measured or e["source"] == source_hash(e["template"])]
     merged = {key(e["template"], e["shape"], e["dtype"]): e for e in [*old, *entries]}
     lines = ",\n".join(json.dumps(merged[k], sort_keys=True) for k in sorted(merged))
     new = path.with_suffix(".tmp")

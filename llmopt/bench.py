@@ -1,8 +1,8 @@
 """Decoding speed against peers, in one process, turn and turn about, numerics first.
 
 Every round runs every peer once, so that a slow minute of the machine is everybody's. Before anything is timed, the
-tokens of all peers are compared with those of transformers' eager `generate`; in fp32 a difference of llmopt's ends the
-benchmark. Memory is that of a process of its own for each peer.
+tokens of all peers are compared with those of transformers' eager `generate`; in fp32, with a recipe whose passes are
+all exact, a difference of llmopt's ends the benchmark. Memory is that of a process of its own for each peer.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import multiprocessing
 import os
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
-from llmopt.commands.model import Wanted, compiled
+from llmopt.commands.model import Wanted, compiled, lossy_notes, uncompressed
 from llmopt.compiler._torch import compiled_graphs
 from llmopt.compiler.errors import InputError, VerifyError, did_you_mean
 from llmopt.compiler.graph import target_name
@@ -42,6 +43,20 @@ class Settings:
     prompt_tokens: int = 48
     rounds: int = 5
     peers: tuple[str, ...] = ("hf-eager", "hf-inductor")
+    calibration: str | None = None
+    statistics: Path | None = None
+    bits: float | None = None
+
+    @property
+    def wanted(self) -> Wanted:
+        """What llmopt compiles."""
+        return Wanted(self.recipe, None, self.dtype, self.calibration, self.statistics, self.bits)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types; of files, the names, and none of where statistics are kept."""
+        known = {**asdict(self), "model": Path(self.model).name}
+        del known["statistics"]
+        return {**known, "calibration": self.calibration and Path(self.calibration).name}
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -79,8 +94,9 @@ class Llmopt:
     """llmopt with the recipe under test."""
 
     def __init__(self, settings: Settings, progress: Callable[[str], None] = lambda stage: None) -> None:
-        self.model = compiled(settings.model, Wanted(settings.recipe, None, settings.dtype), progress)
-        self.note = f"recipe {self.model.recipe.name}, target {self.model.target.name}"
+        self.model = compiled(settings.model, settings.wanted, progress)
+        learned = f", learned from {Path(settings.calibration).name}" if settings.calibration else ""
+        self.note = f"recipe {self.model.recipe.name}{learned}, target {self.model.target.name}"
 
     def generate(self, prompts: Tensor, new_tokens: int) -> Timing:
         """Through the public `generate`, streamed."""
@@ -230,27 +246,33 @@ def prompts_for(vocab: int, batch: int, length: int) -> Tensor:
 
 
 def measure(
-    settings: Settings,
-    progress: Callable[[str], None] = lambda stage: None,
-    memory: bool = True,
-    ours: Llmopt | None = None,
+    settings: Settings, progress: Callable[[str], None] = lambda stage: None, memory: bool = True
 ) -> dict[str, Any]:
     """All figures as JSON types. Raises InputError, or VerifyError where llmopt's tokens are wrong.
 
-    `memory` also runs each peer in a process of its own; `ours` is a model compiled already.
+    `memory` also runs each peer in a process of its own. What llmopt learns there is learned once: statistics that are
+    not to be kept are in a folder that is gone in the end.
     """
-    ours = ours or Llmopt(settings, progress)
+    if settings.calibration is None or settings.statistics is not None:
+        return _measured(settings, progress, memory)
+    with tempfile.TemporaryDirectory(prefix="llmopt-bench-") as folder:
+        return _measured(replace(settings, statistics=Path(folder) / "statistics.safetensors"), progress, memory)
+
+
+def _measured(settings: Settings, progress: Callable[[str], None], memory: bool) -> dict[str, Any]:
+    ours = Llmopt(settings, progress)
     vocab = ours.model.program.facts.vocab_size
     _check_length(settings, ours.model.program.facts.context_length)
     peers: dict[str, Peer] = {OURS: ours}
     for name in settings.peers:
         peers[name] = PEERS[name](settings, lambda stage, name=name: progress(f"{name}: {stage}"))
     reference = peers.get("hf-eager") or Eager(settings)
+    exact = settings.dtype == "float32" and uncompressed(ours.model.recipe) == ours.model.recipe
     bandwidths: list[float] = []
     results = []
     for batch in settings.batches:
         prompts = prompts_for(vocab, batch, settings.prompt_tokens)
-        found = _warm_up(peers, reference, prompts, settings, progress)
+        found = _warm_up(peers, reference, prompts, settings, exact, progress)
         reading = ReadBandwidth()
         for index in range(settings.rounds):
             reading()
@@ -266,13 +288,14 @@ def measure(
     peaks = {name: peak_memory(name, settings, progress) for name in peers} if memory else {}
     return {
         **environment(),
-        "settings": {**asdict(settings), "model": Path(settings.model).name},
+        "settings": settings.to_dict(),
         "read_bandwidth_bytes_per_s": statistics.median(bandwidths),
         "read_bandwidth_rounds": bandwidths,
         "peers": {name: peer.note for name, peer in peers.items()},
         "peak_rss_bytes": peaks,
         "load_average": os.getloadavg()[0],
         "compile_seconds": ours.model.report.seconds,
+        "notes": lossy_notes(ours.model.report.passes),
         "results": results,
     }
 
@@ -286,9 +309,14 @@ def _check_length(settings: Settings, context: int) -> None:
 
 
 def _warm_up(
-    peers: dict[str, Peer], reference: Peer, prompts: Tensor, settings: Settings, progress: Callable[[str], None]
+    peers: dict[str, Peer],
+    reference: Peer,
+    prompts: Tensor,
+    settings: Settings,
+    exact: bool,
+    progress: Callable[[str], None],
 ) -> dict[str, Figures]:
-    """Run everybody twice before the clock counts (torch.compile included), and compare tokens."""
+    """Run everybody twice before the clock counts (torch.compile included), and compare tokens: ours `exact`ly."""
     batch = prompts.shape[0]
     progress(f"batch {batch}: reference tokens")
     want = reference.generate(prompts, settings.new_tokens).ids
@@ -298,7 +326,7 @@ def _warm_up(
         got = peer.generate(prompts, settings.new_tokens).ids
         peer.generate(prompts, settings.new_tokens)
         found[name] = Figures(name, batch, got == want)
-        if name == OURS and got != want and settings.dtype == "float32":
+        if name == OURS and got != want and exact:
             raise VerifyError(_difference(got, want))
     return found
 

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from llmopt.bench import Llmopt, Settings, measure, peak_memory, ratios
+from llmopt.bench import Settings, measure, ratios
 from llmopt.commands.figures import deliver
-from llmopt.commands.model import Wanted, compiled, say_notes
+from llmopt.commands.model import Wanted, say_notes
 from llmopt.compiler.errors import InputError
-from llmopt.console import Progress, stages, write_table
+from llmopt.console import stages, write_table
 
 COLUMNS = (
     "batch", "peer", "decode tok/s", "all tok/s", "first token ms", "median s", "min s", "p90 s", "of read bw",
     "peak RSS MiB", "tokens",
 )  # fmt: skip
-
-
-class Learned(Llmopt):
-    """llmopt with a recipe that learns from data, compiled as `wanted` says."""
-
-    def __init__(self, model: str, wanted: Wanted, progress: Progress) -> None:
-        self.model = compiled(model, wanted, progress)
-        self.note = f"recipe {self.model.recipe.name}, calibrated, target {self.model.target.name}"
 
 
 def bench_model(
@@ -41,20 +32,12 @@ def bench_model(
 ) -> None:
     """Measure, print, and write a file if asked to."""
     names = tuple(name.strip() for name in peers.split(",") if name.strip())
-    dtype = wanted.dtype or "float32"
-    settings = Settings(
-        model, wanted.recipe or "default", dtype, _batches(batch), new_tokens, prompt_tokens, rounds, names
-    )
+    recipe, dtype = wanted.recipe or "default", wanted.dtype or "float32"
+    learning = wanted.calibration, wanted.statistics, wanted.bits
+    settings = Settings(model, recipe, dtype, _batches(batch), new_tokens, prompt_tokens, rounds, names, *learning)
     with stages(f"benchmarking {model}") as progress:
-        learns = wanted.calibration is not None or wanted.statistics is not None or wanted.bits is not None
-        ours = Learned(model, replace(wanted, dtype=dtype), progress) if learns else None
-        figures = measure(settings, progress, memory=not learns, ours=ours)
-        if learns:  # llmopt's own peak would be that of calibrating once more
-            figures["peak_rss_bytes"] = {name: peak_memory(name, settings, progress) for name in names}
-            source = wanted.calibration and Path(wanted.calibration).name
-            figures["settings"] |= {"calibration": source, "bits": wanted.bits}
-    if ours is not None:
-        say_notes(ours.model.report.passes)
+        figures = measure(settings, progress)
+    say_notes(figures["notes"])
     deliver(figures, show, out, as_json)
 
 

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,13 @@ from rich.table import Table
 from torch import Tensor
 
 from llmopt.commands.figures import deliver
-from llmopt.commands.model import Wanted, say_notes
+from llmopt.commands.model import Wanted, lossy_notes, say_notes, uncompressed
 from llmopt.compiler.calibration_data import read_tokens
 from llmopt.compiler.errors import InputError
-from llmopt.compiler.pipeline import Context, Exact
+from llmopt.compiler.pipeline import Context
 from llmopt.compiler.program import ModelFacts, Program
-from llmopt.compiler.recipe import Recipe
 from llmopt.console import Progress, bar, is_artifact, say, stages, write_table
 from llmopt.model import CompiledModel
-from llmopt.passes import PASSES
 from llmopt.runtime import measure as records
 from llmopt.runtime.artifact import Parts
 from llmopt.runtime.artifact import load as load_parts
@@ -94,7 +92,7 @@ def eval_model(settings: Settings, as_json: bool, out: Path | None, plot: Path |
             figures["layers"] = layers(subject)
             draw(figures, plot)
     if not is_artifact(settings.model):
-        say_notes(subject.ours.report.passes)
+        say_notes(lossy_notes(subject.ours.report.passes))
     deliver(figures, show, out, as_json)
     if settings.against is None and subject.theirs is None and uncompressed(subject.ours.recipe) != subject.ours.recipe:
         say(f"{settings.model} does not hold the uncompressed program; give --against MODEL to compare with it")
@@ -172,12 +170,6 @@ def _other(settings: Settings, parts: Parts, progress: Progress) -> Parts | None
             f"{found.program.facts.context_length} tokens; wanted at most that"
         )
     return found
-
-
-def uncompressed(recipe: Recipe) -> Recipe:
-    """The recipe without the passes that are not exact; the same recipe if all are."""
-    exact = tuple(spec for spec in recipe.passes if isinstance(PASSES[spec.name].meaning, Exact))
-    return recipe if exact == recipe.passes else replace(recipe, name="uncompressed", passes=exact)
 
 
 def _opened(parts: Parts, settings: Settings) -> CompiledModel:

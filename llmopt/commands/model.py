@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def compile_to(model: str, out: Path, wanted: Wanted, as_json: bool) -> None:
             )
         progress("writing")
         made.save(out)
-    say_notes(made.report.passes)
+    say_notes(lossy_notes(made.report.passes))
     seconds = time.perf_counter() - started
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     if as_json:
@@ -147,10 +147,20 @@ def opened(model: str, wanted: Wanted, progress: Progress) -> CompiledModel:
     return llmopt.load(model)
 
 
-def say_notes(passes: Iterable[PassReport]) -> None:
-    """On stderr, what the passes that change results have to say of it, such as too few tokens to learn from."""
+def uncompressed(recipe: Recipe) -> Recipe:
+    """The recipe without the passes that are not exact; the same recipe if all are."""
+    exact = tuple(spec for spec in recipe.passes if isinstance(PASSES[spec.name].meaning, Exact))
+    return recipe if exact == recipe.passes else replace(recipe, name="uncompressed", passes=exact)
+
+
+def lossy_notes(passes: Iterable[PassReport]) -> list[str]:
+    """What the passes that change results have to say of it, such as too few tokens to learn from."""
     lossy = {name for name, kind in PASSES.items() if not isinstance(kind.meaning, Exact)}
-    notes = [f"note: {entry.name}: {note}" for entry in passes if entry.name in lossy for note in entry.stats.notes]
+    return [f"note: {entry.name}: {note}" for entry in passes if entry.name in lossy for note in entry.stats.notes]
+
+
+def say_notes(notes: Sequence[str]) -> None:
+    """Those of `lossy_notes` on stderr, the first few."""
     for note in notes[:MOST_NOTES]:
         say(note)
     if len(notes) > MOST_NOTES:
@@ -185,7 +195,7 @@ def run_prompts(
     with stages(f"preparing {model}") as progress:
         ready = opened(model, wanted, progress)
     if not is_artifact(model):
-        say_notes(ready.report.passes)
+        say_notes(lossy_notes(ready.report.passes))
     options = {
         "max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
         "seed": sampling.seed,

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 import llmopt
 from llmopt.cli import app
 from llmopt.commands import eval as command
-from llmopt.commands.eval import Settings, layers, prepared, uncompressed
+from llmopt.commands.eval import Settings, layers, prepared
+from llmopt.commands.model import uncompressed
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.recipe import RECIPES, Recipe
 
