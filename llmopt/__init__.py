@@ -78,7 +78,7 @@ def quantize(
     scale: str = "max",
     *,
     weight: Tensor | None = None,
-    global_scale: Tensor | None = None,
+    global_scale: float | Tensor | None = None,
     scale_max: float = 448.0,
 ) -> QuantizedTensor:
     """Quantise a matrix [N, K] (float16, bfloat16, float32, float64) to low-bit codes; `.dequantize()` restores it.
@@ -91,17 +91,19 @@ def quantize(
     the least squared error among its neighbours, never worse than `max` (ScaleSearch, arXiv 2605.12464; a grid of
     smaller ones for float scales). For nvfp4 also `optimal` (a window no best scale lies outside of) and `fast`
     (ScaleSweep, arXiv 2606.07618), `four-six` (Four Over Six, arXiv 2512.02010) and `all` codes. `weight` [K], not
-    negative, says how much errors of each column count in a search, such as the diagonal of a layer's Hessian.
+    negative, says how much errors of each column count in a search (not in `max`), such as the diagonal of a layer's
+    Hessian; only its proportions count.
 
-    For nvfp4: `global_scale` [] shares the tensor's scale with others; `scale_max` is what the largest block scale
-    becomes (448; with 256 a search can raise it).
+    For nvfp4: `global_scale`, a positive number (float or []), shares the tensor's scale with others; `scale_max` is
+    what the largest block scale becomes (448; with 256 a search can raise it).
 
     The result's `codes` are uint8 [N, K up to a whole group], `scales` [N, groups], `global_scale` float32 [] or None,
     `zero_points` as scales or None; `.error()` is the relative squared error, `.sqnr()` the same in dB, `.packed()` the
     codes without room between them.
 
-    Raises `llmopt.compiler.errors.InputError`: no matrix, empty, not floating, NaN or infinite, an unknown scheme or
-    rule, or an option that the scheme cannot have.
+    Raises `llmopt.compiler.errors.InputError`: no matrix, empty, sparse, on the device meta, not floating, NaN or
+    infinite; an unknown scheme or rule; an option that the scheme or the rule cannot have, or a `global_scale` beyond
+    the reach of block scales.
     """
     from llmopt.compiler.quant import quantize
 
