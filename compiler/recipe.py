@@ -362,11 +362,18 @@ def _quantized(name: str, about: str, **options: Any) -> Recipe:
     return Recipe(name, (*_STANDARD[:3], PassSpec.of("quantize", **options), *_STANDARD[3:]), about=about)
 
 
+def _rotated(name: str, about: str, **options: Any) -> Recipe:
+    rotate = PassSpec.of("rotate-hadamard", **options)
+    return Recipe(name, (*_STANDARD[:2], rotate, *_STANDARD[2:]), about=about)
+
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe("default", _STANDARD, about="exact, as fast as this machine can"),
         Recipe("reference", _STANDARD, providers=("reference",), about="exact, every op by its plain meaning, slow"),
+        _rotated("rotate", "with one below: no outliers in hidden vectors and values, at no cost (R1, R2)"),
+        _rotated("rotate-online", "the same, and in what down projections read (R4), at some cost", r4=True),
         _quantized("nvfp4", "4-bit floats, 16 to a scale of 8 bits", weights="nvfp4"),
         _quantized("mxfp4", "4-bit floats, 32 to a power of two", weights="mxfp4"),
         _quantized("mxfp6", "6-bit floats (E2M3), 32 to a power of two", weights="mxfp6_e2m3"),

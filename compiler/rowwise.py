@@ -253,6 +253,7 @@ class _Rowwise:
     by_ir_name: ClassVar = {
         "linear": last,
         "rms_norm": last,
+        "rotate": last,
         "gated": pointwise,
         "softcap": pointwise,
         "rope": rope,

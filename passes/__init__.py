@@ -7,7 +7,10 @@ from llmopt.passes.insert_kv_cache import InsertKVCache
 from llmopt.passes.lower import Lower
 from llmopt.passes.quantize import Quantize
 from llmopt.passes.raise_aten import RaiseAten
+from llmopt.passes.rotate_hadamard import RotateHadamard
 
-PASSES: dict[str, type[Pass]] = {p.name: p for p in (RaiseAten, Canonicalize, InsertKVCache, Quantize, Fuse, Lower)}
+PASSES: dict[str, type[Pass]] = {
+    p.name: p for p in (RaiseAten, Canonicalize, RotateHadamard, InsertKVCache, Quantize, Fuse, Lower)
+}
 
-__all__ = ["PASSES", "Canonicalize", "Fuse", "InsertKVCache", "Lower", "Quantize", "RaiseAten"]
+__all__ = ["PASSES", "Canonicalize", "Fuse", "InsertKVCache", "Lower", "Quantize", "RaiseAten", "RotateHadamard"]

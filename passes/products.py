@@ -21,14 +21,15 @@ _SPELLINGS = {f"aten.{name}" for name in ("linear", "matmul", "mm", "addmm", "bm
 
 
 def names_of(node: fx.Node, weight: fx.Node | None, program: Program) -> list[str]:
-    """What `include` and `exclude` may call the weight of a product: its own name, those of the checkpoint's weights
+    """What `include` and `exclude` may call the weight of a product: its own name, those of the checkpoint's matrices
     that it is made of, and, where it is another module's (tied embeddings) or computed, `lm_head.weight` after the
     module that the product is in. The last one is what people know it by; there may be none of a computed weight.
     """
     names: list[str] = []
     if weight is not None:
         own = str(weight.target)
-        names = [own, *(program.origins(own) if own in program.weights else ()), _path(own)]
+        made_of = program.origins(own) if own in program.weights else []
+        names = [own, *(name for name in made_of if len(program.weights[name].shape) > 1), _path(own)]
     module = _ROOT.sub("", origin(node).module)
     short = module.removeprefix("model.")  # capture wraps transformers' models
     if short and not any(f".{short}." in f".{name}" for name in names):

@@ -6,6 +6,7 @@ from llmopt.compiler.ops.linear import linear
 from llmopt.compiler.ops.norm import rms_norm
 from llmopt.compiler.ops.quantized import quantized_linear, rounded_linear
 from llmopt.compiler.ops.rope import rope
+from llmopt.compiler.ops.rotate import rotate
 
 __all__ = [
     "attend",
@@ -16,6 +17,7 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "rope",
+    "rotate",
     "rounded_linear",
     "softcap",
 ]
