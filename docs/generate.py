@@ -80,14 +80,28 @@ def fused_graph() -> str:
 
 def quantized_graph() -> str:
     """What quantize changes in `forward`, as a diff."""
+    from llmopt.passes import Quantize
+
+    return changed_by(Quantize(weights="nvfp4"))
+
+
+def rotated_graph() -> str:
+    """What rotate-hadamard changes in `forward`, as a diff."""
+    from llmopt.passes import RotateHadamard
+
+    return changed_by(RotateHadamard(r4=True))
+
+
+def changed_by(item: Any) -> str:
+    """The lines of `forward` that a pass takes away and those that it puts there."""
     from llmopt.compiler.pipeline import Context, Pipeline, program_diff
     from llmopt.compiler.recipe import RECIPES
     from llmopt.compiler.target import Target
-    from llmopt.passes import Canonicalize, Quantize, RaiseAten
+    from llmopt.passes import Canonicalize, RaiseAten
 
-    context = Context(Target.parse("cpu:generic"), RECIPES["nvfp4"])
+    context = Context(Target.parse("cpu:generic"), RECIPES["default"])
     before = Pipeline([RaiseAten(), Canonicalize()]).run(one_layer_llama(), context)
-    after = Pipeline([Quantize(weights="nvfp4")]).run(before, context)
+    after = Pipeline([item]).run(before, context)
     changed = [line for line in program_diff(before, after).splitlines() if line[:2] in ("- ", "+ ")]
     return "```diff\n" + "\n".join(changed) + "\n```"
 
@@ -217,7 +231,10 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/quality.md": {"quality": quality},
     "docs/gpu.md": {"lowbit": lowbit},
-    "docs/passes.md": {"insert-kv-cache": kv_cache_graphs, "quantize": quantized_graph, "fuse": fused_graph},
+    "docs/passes.md": {
+        "insert-kv-cache": kv_cache_graphs, "rotate-hadamard": rotated_graph, "quantize": quantized_graph,
+        "fuse": fused_graph,
+    },
 }  # fmt: skip
 
 

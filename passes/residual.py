@@ -97,7 +97,7 @@ def _carried(node: fx.Node) -> list[fx.Node] | None:
     if name in _SUMS and not node.kwargs and len(node.args) == 2:
         sizes = [_size(arg) for arg in node.args]
         return list(node.all_input_nodes) if sizes[0] is not None and sizes[0] == sizes[1] else None
-    if name in _SCALINGS and len(node.args) == 2:
+    if name in _SCALINGS and not node.kwargs and len(node.args) == 2:
         return [first] if _is_number(node.args[1]) else None
     if name in _CHOICES and _size(first) == _size(node):
         dims = first.meta["val"].dim()

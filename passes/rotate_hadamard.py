@@ -17,7 +17,6 @@ r1 and r2 cost nothing at run time. Edits of one weight are made in float64 and 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -33,9 +32,8 @@ from llmopt.compiler.hadamard import Rotation, largest
 from llmopt.compiler.pipeline import Context, Pass, PassStats
 from llmopt.compiler.program import Program
 from llmopt.passes.residual import residual_stream
+from llmopt.passes.value_path import value_path
 from llmopt.passes.weight_edits import WeightEdits
-
-_VIEWS = {"aten.transpose", "aten.reshape", "aten.view", "aten.contiguous", "aten.clone"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class RotateHadamard(Pass):
 
     def _values(self, graph: Graph, edits: WeightEdits, context: Context, stats: PassStats) -> None:
         for node in list(graph.calls("attention")):
-            found = _value_path(node)
+            found = value_path(node)
             if isinstance(found, str):
                 stats.rejected["r2", f"{node.name}: {found}"] += 1
             elif context.rewrites_left != 0:
@@ -164,45 +162,3 @@ def _shift(norm: fx.Node) -> float:
 def _rows(weight: Tensor, turn: Rotation, first: int, count: int) -> Tensor:
     part = weight[first : first + count]
     return torch.cat((weight[:first], turn.turned(part.movedim(0, -1)).movedim(-1, 0), weight[first + count :]))
-
-
-def _value_path(node: fx.Node) -> tuple[fx.Node, int, int, fx.Node] | str:
-    """(the product that makes v, its first row of them, how many, the product that reads the result), or why not."""
-    made: Any = node.args[2]
-    size = made.meta["val"].shape[-1]
-    while target_name(made) in _VIEWS and len(made.users) == 1 and _keeps_heads(made, size):
-        made = made.args[0]
-    count = int(made.meta["val"].shape[-1])
-    first = 0
-    if made.op == "call_function" and made.target is operator.getitem and len(made.users) == 1:
-        split, index = made.args
-        if target_name(split) != "aten.split_with_sizes" or len(split.args) < 3 or split.args[2] != -1:
-            return f"its values come from {target_name(split)}"
-        first, made = sum(split.args[1][:index]), split.args[0]
-        if any(user is not split for user in made.users):
-            return "its values are read by others, too"
-    elif len(made.users) != 1:
-        return "its values are read by others, too"
-    if target_name(made) != "linear" or not _given(made):
-        return f"its values come from {target_name(made)}, not from a product with a weight"
-    reader: Any = node
-    while len(reader.users) == 1:
-        (reader,) = reader.users
-        if target_name(reader) == "linear":
-            return (made, first, count, reader) if _given(reader) else "the weight behind it is computed"
-        if target_name(reader) not in _VIEWS or not _keeps_heads(reader, size):
-            break
-    return "what reads its result is no product with a weight"
-
-
-def _keeps_heads(view: fx.Node, size: int) -> bool:
-    """Does a view leave the elements of each head together, in order?"""
-    dims = [int(d) % view.meta["val"].dim() for d in view.args[1:3]] if target_name(view) == "aten.transpose" else []
-    if dims:
-        return view.meta["val"].dim() - 1 not in dims
-    return all(isinstance(n.meta["val"].shape[-1], int) and n.meta["val"].shape[-1] % size == 0
-               for n in (view, view.args[0]))  # fmt: skip
-
-
-def _given(product: fx.Node) -> bool:
-    return all(isinstance(w, fx.Node) and w.op == "get_attr" for w in product.args[1:3] if w is not None)
