@@ -216,7 +216,7 @@ def measure(bench: Bench, job: Job, tried: list[Variant], said: dict[str, str]) 
             made = checked(make(alone, 128, bench.device), x)
             graphs[peer] = bench.graph(lambda w, p=made: p.run(x, w), list(made.copies))
         except Exception as error:  # whatever stops a peer is told
-            said[f"{peer} {shape.name} {tokens}"] = f"{type(error).__name__}: {str(error)[:300]}"
+            said[f"{peer} {shape.model} {scheme} {shape.name} {tokens}"] = f"{type(error).__name__}: {str(error)[:300]}"
     us = bench.in_turns(graphs)
     peers = {name: us.pop(name) for name in ("cublas", *INT4) if name in us}
     rows = [

@@ -51,8 +51,9 @@ def scaled_product(region: FusedRegion, tokens: int) -> None:
     except EmitError as error:
         region.notes.append(f"a kernel over rows makes what is rounded: {error}")
         made: Any = linear.args[0]
-        region.stored[made] = region.temporary(region.buffer(made))
-        region.rows({made: region.stored[made]}, region.tokens(made))
+        place = region.temporary(region.buffer(made))
+        region.rows({made: place}, region.tokens(made))
+        region.stored[made] = place  # from here on: a kernel does not make what is there already
         x = _rounded(region, linear, made, None, tokens)
     try:
         region.calls.append(_product(region, linear, result, x, "out0", tokens))

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from llmopt.codegen.kernel import Kernel
 from llmopt.compiler import knobs
@@ -52,14 +52,13 @@ def constants(kernel: Kernel) -> dict[str, Any]:
 
 
 def template_text(template: str) -> str:
-    """The text of a template's module and of those beside it that it imports, for keys. Raises BuildError."""
+    """The text of all that `template_texts` finds, for keys. Raises BuildError."""
     return "\0".join(f"{name}\0{text}" for name, text in sorted(template_texts(template).items()))
 
 
 def template_texts(template: str) -> dict[str, str]:
-    """By module's name the texts of a template's module and of those beside it that it imports, and they in turn.
-
-    Raises BuildError.
+    """By module's name the texts of a template's module, of those beside it that it imports, and they in turn, and of
+    llmopt's other modules that their kernels read something of. Raises BuildError.
     """
     texts: dict[str, str] = {}
     waiting = [template.partition(":")[0]]
@@ -67,12 +66,22 @@ def template_texts(template: str) -> dict[str, str]:
         name = waiting.pop()
         if name not in texts:
             texts[name] = _text(name)
-            waiting += _beside(ast.parse(texts[name]))
+            if "." not in name:
+                tree = ast.parse(texts[name])
+                waiting += [*_beside(tree), *_read_elsewhere(tree)]
     return texts
 
 
+def is_compiled(node: ast.stmt) -> TypeGuard[ast.FunctionDef]:
+    """Is this statement a kernel, or a function that Triton calls while it compiles one?"""
+    return isinstance(node, ast.FunctionDef) and any(
+        ast.unparse(decorator).startswith(("triton.jit", "triton.constexpr_function"))
+        for decorator in node.decorator_list
+    )
+
+
 def _text(name: str) -> str:
-    found = importlib.util.find_spec(f"{TEMPLATES}.{name}")
+    found = importlib.util.find_spec(name if "." in name else f"{TEMPLATES}.{name}")
     if found is None or found.origin is None:
         raise BuildError(f"template {name!r} does not exist in {TEMPLATES}")
     return Path(found.origin).read_text(encoding="utf-8")
@@ -124,3 +133,24 @@ def write_new(path: Path, data: bytes) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(data)
         os.replace(file.name, path)
+
+
+def _read_elsewhere(tree: ast.Module) -> list[str]:
+    """Modules of llmopt outside the templates' package of which kernels read something by its name."""
+    read = set().union(*(_free_names(node) for node in tree.body if is_compiled(node)))
+    package = __name__.partition(".")[0]
+    return [
+        str(node.module)
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").startswith(f"{package}.")
+        and not f"{node.module}.".startswith(f"{TEMPLATES}.")
+        and read & {alias.asname or alias.name for alias in node.names}
+    ]
+
+
+def _free_names(kernel: ast.FunctionDef) -> set[str]:
+    """What a function reads and neither takes nor assigns."""
+    names = [node for node in ast.walk(kernel) if isinstance(node, ast.Name)]
+    own = {node.arg for node in ast.walk(kernel) if isinstance(node, ast.arg)}
+    return {node.id for node in names} - {node.id for node in names if isinstance(node.ctx, ast.Store)} - own

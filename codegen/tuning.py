@@ -15,13 +15,13 @@ import hashlib
 import importlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from llmopt.codegen import hooks
 from llmopt.compiler import knobs
@@ -115,28 +115,35 @@ def table(isa: str) -> Mapping[str, Mapping[str, Any]]:
 
 @cache
 def source_hash(module: str) -> str:
-    """16 hex digits over the kernels of a template's module and of the templates' modules it imports, and over what is
-    assigned there and read by them; comments and docstrings left out."""
+    """16 hex digits over the kernels of a template (`hooks.template_texts`) and all that they read: what is assigned,
+    and functions and classes that make it; comments and docstrings left out."""
     bodies = {name: ast.parse(text).body for name, text in sorted(hooks.template_texts(module).items())}
-    kernels = [node for body in bodies.values() for node in body if _compiled(node)]
-    for node in kernels:
-        if ast.get_docstring(node) is not None:
+    nodes = [node for body in bodies.values() for node in body]
+    kernels = [node for node in nodes if hooks.is_compiled(node)]
+    kept = [*kernels, *_read_by(kernels, nodes)]
+    for node in kept:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    kept = [*kernels, *_assignments(kernels, [node for body in bodies.values() for node in body])]
     texts = ("\n".join([name, *(ast.unparse(node) for node in body if node in kept)]) for name, body in bodies.items())
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
-def _assignments(readers: list[ast.FunctionDef], nodes: list[ast.stmt]) -> list[ast.stmt]:
+def _read_by(readers: Sequence[ast.stmt], nodes: list[ast.stmt]) -> list[ast.stmt]:
     """Those of `nodes` that give `readers` a name, and the ones that give these a name, and so on."""
-    waiting = [node for node in nodes if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign)]
+    kinds = ast.Assign | ast.AnnAssign | ast.AugAssign | ast.FunctionDef | ast.ClassDef
+    waiting = [node for node in nodes if isinstance(node, kinds) and node not in readers]
     found: list[ast.stmt] = []
     reading: list[ast.stmt] = [*readers]
     while reading:
         names = {name for node in reading for name in _names(node, ast.Load)}
-        reading = [node for node in waiting if node not in found and _names(node, ast.Store) & names]
+        reading = [node for node in waiting if node not in found and _given(node) & names]
         found += reading
     return found
+
+
+def _given(node: ast.stmt) -> set[str]:
+    """The names that a statement gives something."""
+    return {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef) else _names(node, ast.Store)
 
 
 def _names(node: ast.AST, context: type[ast.expr_context]) -> set[str]:
@@ -157,9 +164,3 @@ def write(isa: str, entries: Iterable[Mapping[str, Any]], folder: Path | None = 
     new = path.with_suffix(".tmp")
     new.write_text(f'{{"entries": [\n{lines}\n]}}\n', encoding="utf-8")
     return new.replace(path)
-
-
-def _compiled(node: ast.stmt) -> TypeGuard[ast.FunctionDef]:
-    return isinstance(node, ast.FunctionDef) and any(
-        ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list
-    )

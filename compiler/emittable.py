@@ -97,11 +97,14 @@ def why_no_product(product: fx.Node, features: Collection[str]) -> str | None:
         return None
     x = product.args[0].meta["val"]  # type: ignore[union-attr]
     pair = argument(product, "scheme", ""), argument(product, "activations", "")
-    if pair[1] and "scaled_mma" not in features:
-        return f"its activations are rounded to {pair[1]}; kernels multiply them as they are"
     if pair[1] and pair not in SCALED:
         taken = ", ".join(sorted(weights for weights, _ in SCALED))
         return f"its weights are in {pair[0]} and activations in {pair[1]}; kernels take both in one of {taken}"
+    if pair[1] and "scaled_mma" not in features:
+        return (
+            f"its activations are rounded to {pair[1]}, and this GPU has no instruction for scaled products, as sm_100 "
+            "and sm_120 have; without `activations` kernels take it"
+        )
     if x.dtype != torch.bfloat16:
         return f"low-bit weights are multiplied in bfloat16, and its operand is {x.dtype}".replace("torch.", "")
     return None

@@ -82,11 +82,13 @@ def _products(figures: dict[str, Any]) -> str:
         if c["tokens"] == 1 and c["model"] == "8b"
     ]
     chain = f"A layer's four products in a chain of 32 layers, 8B, one token: {'; '.join(chains)}."
-    return "\n".join([*lines, "", chain, *_int4_peers(figures["cases"])])
+    return "\n".join([*lines, "", chain, *_int4_peers(figures)])
 
 
-def _int4_peers(cases: list[dict[str, Any]]) -> list[str]:
+def _int4_peers(figures: dict[str, Any]) -> list[str]:
     """Against other kernels for int4 weights, of 8B; nothing where none was measured."""
+    cases = figures["cases"]
+    why = [f"{what}: {told}" for part in figures["parts"] for what, told in part["said"].items() if " 8b " in what]
     mine = [c for c in cases if c["scheme"] == "int4_g128" and c["model"] == "8b" and len(c["peers_us"]) > 1]
     if not mine:
         return []
@@ -97,7 +99,7 @@ def _int4_peers(cases: list[dict[str, Any]]) -> list[str]:
     return [
         "",
         "How many times as long torch's int4 product (tinygemm) and gemlite's (tuned as it ships for an H100) take, "
-        "8B, groups of 128; -: more than 2 % off the product of its own weights.",
+        f"8B, groups of 128.{' -: ' + '; '.join(why) + '.' if why else ''}",
         "",
         "| product | " + " | ".join(f"{n} token" + "s" * (n > 1) for n in counts) + " |",
         "|---|" + "---|" * len(counts),

@@ -2,7 +2,8 @@
 
 Every token has its own scales, by the rule of the largest element, and where the scheme has one its own global scale.
 Codes and scales are the reference's bit for bit: the same divisions, rounded to nearest, and rounding by the same
-arithmetic on bits. A norm in front of the product is taken on the way and rounded to bf16 before anything is measured.
+arithmetic on bits. A norm in front of the product is taken on the way and rounded to bf16 before anything is measured;
+other ops that LOAD_X has are computed in fp32 and rounded once, where the reference rounds after each.
 """
 
 from __future__ import annotations

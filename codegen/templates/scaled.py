@@ -196,7 +196,7 @@ def configs(shape: Mapping[str, int], scheme: str, target: Target) -> list[dict[
     if many:
         width = ROWS if tensor_memory else 64
     # sums are all in registers at the end: 128 of a thread, and where they are there throughout, 64
-    warps = 4 if shape["PARTS"] * width <= (128 if tensor_memory else 64) else 8
+    few = shape["PARTS"] * width <= (128 if tensor_memory else 64)
     found: list[dict[str, Any]] = []
     for columns in (1024 // kind.element.bits, 2048 // kind.element.bits):
         stage = (shape["PARTS"] * ROWS + width) * columns * (kind.element.bits + 8 / kind.group) / 8
@@ -205,6 +205,8 @@ def configs(shape: Mapping[str, int], scheme: str, target: Target) -> list[dict[
             continue
         for split in [1] if many else _splits(shape, whole // columns, target.cores):
             tile = {"BLOCK_J": ROWS, "BLOCK_K": columns, "BLOCK_M": width, "SPLIT_K": split}
+            # beside others' partial sums ptxas has no room for those of tensor memory in four warps, and spills
+            warps = 4 if few and not (tensor_memory and split > 1) else 8
             found.append({**tile, "num_warps": warps, "num_stages": stages})
     return found
 

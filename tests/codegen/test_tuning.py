@@ -12,7 +12,7 @@ import pytest
 import torch
 from toy_kernels import toys
 
-from llmopt.codegen import tuning
+from llmopt.codegen import hooks, tuning
 from llmopt.compiler import knobs
 from llmopt.compiler.target import Target
 
@@ -69,10 +69,20 @@ KERNEL = """
 import triton
 from llmopt.codegen.templates import beside
 from llmopt.codegen.templates.beside import helper
+from llmopt.compiler.quant.elements import ELEMENTS
 
 WIDTH = 2 * SIZE
 SIZE: int = 8
 OTHER = 1
+TEXTS = {"a": spelt(1)}
+
+def spelt(number):
+    "Text."
+    return "add" * number
+
+@triton.constexpr_function
+def asm(name):
+    return TEXTS[name] + ELEMENTS["e2m1"].name
 
 @triton.jit
 def kernel(x):
@@ -96,16 +106,38 @@ def test_the_hash_is_of_all_that_a_kernel_calls_and_reads_and_of_nothing_else(tm
 
     with toys(tmp_path):
         first = hashed()
-        for change in (("What it does.", "Else."), ("# why", "# how"), ("OTHER = 1", "OTHER = 2"), ("[OTHER]", "[]")):
+        for change in (
+            ("What it does.", "Else."),
+            ('"Text."', '"Else."'),
+            ("# why", "# how"),
+            ("OTHER = 1", "OTHER = 2"),
+            ("[OTHER]", "[]"),
+        ):
             assert hashed("made", *change) == first, change
         assert hashed("beside", "LAST = 4", "LAST = 5") == first
         others = [
             hashed("made", *change)
-            for change in (("WIDTH = 2", "WIDTH = 3"), ("= 8", "= 16"), ("helper(x) +", "helper(x) -"))
-        ]
+            for change in (("WIDTH = 2", "WIDTH = 3"), ("= 8", "= 16"), ("helper(x) +", "helper(x) -"),
+                           ('"add" *', '"sub" *'), ("TEXTS[name] +", "TEXTS[name][1:] +"), ("e2m1", "e4m3"))
+        ]  # fmt: skip
         others += [hashed("beside", "return x", "return -x"), hashed("beside", "LIMIT = 3", "LIMIT = 4")]
     tuning.source_hash.cache_clear()
-    assert len({first, *others}) == 6
+    assert len({first, *others}) == 9
+
+
+def test_what_kernels_read_of_other_modules_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of small floats are not a template's own."""
+    elements = "llmopt.compiler.quant.elements"
+    assert elements in hooks.template_texts("rounded")
+    assert elements not in hooks.template_texts("gemm")
+    read, before = hooks._text, (hooks.template_text("rounded"), tuning.source_hash("rounded"))
+    changed = 'Element("e2m1", 4, 6.0', 'Element("e2m1", 4, 7.0'
+    monkeypatch.setattr(hooks, "_text", lambda name: read(name).replace(*changed))
+    tuning.source_hash.cache_clear()
+    after = hooks.template_text("rounded"), tuning.source_hash("rounded")
+    tuning.source_hash.cache_clear()
+    assert before[0] != after[0]
+    assert before[1] != after[1]
 
 
 def test_writing_replaces_the_entry_of_the_same_key(tables: Path) -> None:

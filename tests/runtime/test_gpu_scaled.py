@@ -4,12 +4,14 @@ interpreter: which kernels they are, and how exact. No such GPU has run them."""
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from fused_cases import Step, reference, run
 from interpreted import rounding
 from lowbit_steps import Case, by_reference, errors, lowered
+from torch import nn
 
 from llmopt.codegen.kernel import RegionCode
 from llmopt.runtime.prepared import only_prepared
@@ -20,6 +22,35 @@ pytestmark = [pytest.mark.interp, pytest.mark.timeout(600)]
 TARGET = "cuda:sm_100"
 WHOLE = Case("w4a4", "nvfp4", (("intermediate_size", 128),))
 BIASED = Case("w4a4", "nvfp4", (("attention_bias", True), ("mlp_bias", True)))  # halves end inside a tile of rows, too
+
+
+class HeadNorm(nn.Module):
+    """A product of what attention made, normed head by head as [B, H, T, D]."""
+
+    def __init__(self, product: nn.Linear, heads: int) -> None:
+        super().__init__()
+        self.product, self.heads = product, heads
+        self.weight = nn.Parameter(torch.rand(product.in_features // heads).to(product.weight.dtype) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, K] -> [B, T, N]."""
+        heads = x.unflatten(-1, (self.heads, -1)).transpose(1, 2).float()
+        normed = heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.product((self.weight * normed.to(x.dtype)).transpose(1, 2).flatten(-2))
+
+
+class NormedHeads(Case):
+    """A model with such products behind attention."""
+
+    def model(self) -> Any:
+        """As every case's, changed."""
+        model = super().model()
+        for layer in model.model.layers:
+            layer.self_attn.o_proj = HeadNorm(layer.self_attn.o_proj, model.config.num_attention_heads)
+        return model
+
+
+HEADS = NormedHeads("w4a4", "nvfp4", WHOLE.changes)
 
 STEPS = (
     Step.decoding("1", (20,)),
@@ -52,7 +83,7 @@ def test_logits_are_as_near_to_fp64_as_the_reference_s(case: Case) -> None:
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda s: s.shape)
-@pytest.mark.parametrize("case", [WHOLE, BIASED], ids=["whole", "biased"])
+@pytest.mark.parametrize("case", [WHOLE, BIASED, HEADS], ids=["whole", "biased", "heads"])
 def test_a_region_is_what_the_reference_makes_of_it(case: Case, step: Step) -> None:
     """Within some roundings to bf16, norms, gates, biases and residuals included: a code apart would be seen."""
     program, _, target, _ = lowered(case, TARGET)
@@ -107,6 +138,18 @@ def test_halves_that_end_inside_a_tile_of_rows_are_gated_by_a_kernel_over_rows()
     assert "its row 96 begins a part; wanted a multiple of 128" in note
 
 
+def test_what_lies_in_another_order_is_made_by_a_kernel_over_rows_first() -> None:
+    *_, code = lowered(HEADS, TARGET)
+    region = code.code("gemm_1", "8")
+    assert calls(region) == ["rows", "rounded", "scaled"]
+    (note,) = region.notes
+    assert note.startswith("a kernel over rows makes what is rounded: ")
+    made, rounded = region.calls[0].args, region.calls[1].args
+    assert "tmp0" in made
+    assert "in0" in made
+    assert "tmp0" in rounded
+
+
 def test_weights_stay_on_the_host() -> None:
     program, *_ = lowered(WHOLE, TARGET)
     assert len(only_prepared(program)) == 4 * 3  # codes, scales, global scale
@@ -115,8 +158,12 @@ def test_weights_stay_on_the_host() -> None:
 @pytest.mark.parametrize(
     ("recipe", "target", "why"),
     [
-        ("w4a4", "cuda:sm_90", "its activations are rounded to nvfp4; kernels multiply them as they are"),
-        ("w8a8", "cuda:sm_90", "its activations are rounded to int8; kernels multiply them as they are"),
+        (
+            "w4a4",
+            "cuda:sm_90",
+            "its activations are rounded to nvfp4, and this GPU has no instruction for scaled products",
+        ),
+        ("w8a8", "cuda:sm_90", "its weights are in int8 and activations in int8; kernels take both in one of mxfp4,"),
         (
             "w8a8",
             TARGET,
