@@ -205,8 +205,8 @@ def configs(shape: Mapping[str, int], scheme: str, target: Target) -> list[dict[
             continue
         for split in [1] if many else _splits(shape, whole // columns, target.cores):
             tile = {"BLOCK_J": ROWS, "BLOCK_K": columns, "BLOCK_M": width, "SPLIT_K": split}
-            # beside others' partial sums ptxas has no room for those of tensor memory in four warps, and spills
-            warps = 4 if few and not (tensor_memory and split > 1) else 8
+            # what ptxas spills for sm_100: in four warps sums beside others' partial ones, in eight those of two parts
+            warps = 4 if few and not (tensor_memory and split > 1 and shape["PARTS"] == 1) else 8
             found.append({**tile, "num_warps": warps, "num_stages": stages})
     return found
 
