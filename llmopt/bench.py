@@ -246,21 +246,25 @@ def prompts_for(vocab: int, batch: int, length: int) -> Tensor:
 
 
 def measure(
-    settings: Settings, progress: Callable[[str], None] = lambda stage: None, memory: bool = True
+    settings: Settings,
+    progress: Callable[[str], None] = lambda stage: None,
+    memory: bool = True,
+    ours: Llmopt | None = None,
 ) -> dict[str, Any]:
     """All figures as JSON types. Raises InputError, or VerifyError where llmopt's tokens are wrong.
 
-    `memory` also runs each peer in a process of its own. What llmopt learns there is learned once: statistics that are
-    not to be kept are in a folder that is gone in the end.
+    `memory` also runs each peer in a process of its own; `ours` is a model compiled already. What llmopt learns is
+    learned once: statistics that are not to be kept are in a folder that is gone in the end.
     """
     if settings.calibration is None or settings.statistics is not None:
-        return _measured(settings, progress, memory)
+        return _measured(settings, progress, memory, ours)
     with tempfile.TemporaryDirectory(prefix="llmopt-bench-") as folder:
-        return _measured(replace(settings, statistics=Path(folder) / "statistics.safetensors"), progress, memory)
+        kept = replace(settings, statistics=Path(folder) / "statistics.safetensors")
+        return _measured(kept, progress, memory, ours)
 
 
-def _measured(settings: Settings, progress: Callable[[str], None], memory: bool) -> dict[str, Any]:
-    ours = Llmopt(settings, progress)
+def _measured(settings: Settings, progress: Callable[[str], None], memory: bool, ours: Llmopt | None) -> dict[str, Any]:
+    ours = ours or Llmopt(settings, progress)
     vocab = ours.model.program.facts.vocab_size
     _check_length(settings, ours.model.program.facts.context_length)
     peers: dict[str, Peer] = {OURS: ours}

@@ -63,12 +63,18 @@ def test_what_the_runtime_does_is_what_the_table_of_products_shows(generate: Mod
         {**alike, "name": "gate_up-alone", "tokens": 1, "rows": [{**row, "us": 5.0}]},
     ]
     chain = {"scheme": "nvfp4", "model": "8b", "tokens": 1, "us": {"pdl": 40.0, "cublas": 100.0, "torch": 120.0}}
-    about = {"gpu": {"name": "NVIDIA H200"}, "torch": "2.11.0", "triton": "3.6.0"}
+    why = {"gemlite 8b int4_g128 gate_up 16": "not there", "gemlite 70b-tp8 int4_g128 o 1": "nor here"}
+    about = {"gpu": {"name": "NVIDIA H200"}, "torch": "2.11.0", "triton": "3.6.0", "said": why}
+    for tokens, times in ((1, {"tinygemm": 30.0, "gemlite": 50.0}), (16, {"tinygemm": 60.0})):
+        peers = {"cublas": 60.0, **times}
+        cases.append({**alike, "scheme": "int4_g128", "tokens": tokens, "rows": [row], "peers_us": peers})
     figures = {"parts": [about], "cases": cases, "chain": [chain]}
     (tmp_path / "lowbit-gemm_h200.json").write_text(json.dumps(figures))
     said = generate.gpu_tables.products(tmp_path)
     assert "| NVFP4 | 8B gate_up | 20.0, 3.00x | 20.0, 3.00x |" in said
     assert "NVFP4 40.0 us, 2.50x cuBLAS' products and 3.00x torch's" in said
+    assert "| gate_up | 1.5x, 2.5x | 3.0x, - |" in said
+    assert "-: gemlite 8b int4_g128 gate_up 16: not there." in said
 
 
 def test_a_row_for_each_recipe(generate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
