@@ -71,11 +71,9 @@ class Rotation:
 
     def __post_init__(self) -> None:
         if self.order < 1 or _split(self.order) is None:
-            near = [order for order in range(1, 2 * self.order) if _split(order) is not None]
-            below, above = max(n for n in near if n < self.order), min(n for n in near if n > self.order)
-            raise InputError(
-                f"no rotation of order {self.order} can be made; the nearest orders are {below} and {above}"
-            )
+            known = (n for n in range(1, 2 * max(self.order, 1) + 1) if _split(n) is not None)
+            near = min(known, key=lambda n: abs(n - self.order))
+            raise InputError(f"no rotation of order {self.order} can be made; wanted such as {near}")
 
     @cached_property
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,8 @@ def residual_stream(graph: Graph) -> Stream | str:
         seen.add(node)
         name = target_name(node) if node.op == "call_function" else node.op
         stream.size = stream.size or node.meta["val"].shape[-1]
+        if (width := node.meta["val"].shape[-1]) != stream.size:
+            return f"{node.name} has {width} elements, and what the stream begins with {stream.size}"
         if name == "aten.embedding":
             stream.tables.append(node)
         elif name == "linear":
@@ -56,7 +58,7 @@ def residual_stream(graph: Graph) -> Stream | str:
     if not stream.readers:
         return "no product reads what embeddings begin"
     products = [*stream.writers, *(product for product, _ in stream.readers)]
-    computed = next((n for n in [*products, *stream.tables] if not _given(n)), None)
+    computed = next((n for n in [*products, *stream.tables, *stream.norms] if not _given(n)), None)
     return stream if computed is None else f"the weight of {computed.name} is computed"
 
 
@@ -99,7 +101,7 @@ def _carried(node: fx.Node) -> list[fx.Node] | None:
         return list(node.all_input_nodes) if sizes[0] is not None and sizes[0] == sizes[1] else None
     if name in _SCALINGS and not node.kwargs and len(node.args) == 2:
         return [first] if _is_number(node.args[1]) else None
-    if name in _CHOICES and _size(first) == _size(node):
+    if name in _CHOICES and len(node.args) > 1 and _size(first) == _size(node):
         dims = first.meta["val"].dim()
         return [first] if int(node.args[1]) % dims != dims - 1 else None  # type: ignore[arg-type]
     return None
@@ -136,7 +138,8 @@ def _behind(norm: fx.Node) -> list[fx.Node] | None:
 
 
 def _given(node: fx.Node) -> bool:
-    weights = node.args[:1] if target_name(node) == "aten.embedding" else node.args[1:3]
+    name = target_name(node)
+    weights = node.args[:1] if name == "aten.embedding" else node.args[1:2] if name == "rms_norm" else node.args[1:3]
     return all(isinstance(w, fx.Node) and w.op == "get_attr" for w in weights if w is not None)
 
 

@@ -71,10 +71,21 @@ class RotateHadamard(Pass):
             if wanted:
                 edit(graph, edits, context, stats)
         edits.commit()
-        if stats.rewritten == 0 and context.rewrites_left is None:
-            said = "; ".join(f"{rule}: {why}" for rule, why in stats.rejected) or "none of r1 to r4 finds anything"
-            raise PassMatchedNothing(f"pass 'rotate-hadamard' rewrote nothing: {said}; take it out of the recipe")
+        if context.rewrites_left is None:
+            refused = {rule for rule, _ in stats.rejected}
+            for rule in ("r1", "r2", "r3", "r4"):
+                if getattr(self, rule) and not stats.per_rule[rule] and rule not in refused:
+                    stats.rejected[rule, "there is nothing of the kind"] += 1
+            stats.notes += [f"{rule} left out: {why}" for rule, why in stats.rejected]
+            if stats.rewritten == 0:
+                said = "; ".join(stats.notes) or "none of r1 to r4 is asked for"
+                raise PassMatchedNothing(f"pass 'rotate-hadamard' rewrote nothing: {said}; take it out of the recipe")
         return stats
+
+    @property
+    def _how(self) -> str:
+        """What the names of weights say of options, so that weights of other rotations have other names."""
+        return f"-{self.order}" * (self.order > 0) + f"-seed{self.seed}" * (self.seed != 0)
 
     def _rotation(self, size: int) -> Rotation:
         return Rotation(largest(size, self.order or size), self.seed)
@@ -88,15 +99,15 @@ class RotateHadamard(Pass):
             return
         turn = self._rotation(stream.size)
         for table in stream.tables:
-            edits.add(table, 0, "r1", turn.turned)
+            edits.add(table, 0, f"r1{self._how}", turn.turned)
         for writer in stream.writers:
-            edits.add(writer, 1, "r1", lambda w: turn.turned(w.T).T)
-            edits.add(writer, 2, "r1", turn.turned)
+            edits.add(writer, 1, f"r1{self._how}", lambda w: turn.turned(w.T).T)
+            edits.add(writer, 2, f"r1{self._how}", turn.turned)
         for product, norm in stream.readers:
             weight, shift = (norm.args[1], _shift(norm)) if norm is not None else (None, 0.0)
             if isinstance(weight, fx.Node):
                 edits.add(product, 1, "norm", lambda w, g, s=shift: w * (g + s), str(weight.target))
-            edits.add(product, 1, "r1", turn.turned)
+            edits.add(product, 1, f"r1{self._how}", turn.turned)
         for norm in stream.norms:
             weight, norm.args = norm.args[1], (norm.args[0], None, norm.args[2])
             if isinstance(weight, fx.Node) and not weight.users:
@@ -111,9 +122,9 @@ class RotateHadamard(Pass):
             elif context.rewrites_left != 0:
                 made, first, count, reader = found
                 turn = self._rotation(node.args[2].meta["val"].shape[-1])  # type: ignore[union-attr]
-                edits.add(made, 1, "r2", lambda w, t=turn, at=(first, count): _rows(w, t, *at))
-                edits.add(made, 2, "r2", lambda b, t=turn, at=(first, count): _rows(b, t, *at))
-                edits.add(reader, 1, "r2", turn.turned)
+                edits.add(made, 1, f"r2{self._how}", lambda w, t=turn, at=(first, count): _rows(w, t, *at))
+                edits.add(made, 2, f"r2{self._how}", lambda b, t=turn, at=(first, count): _rows(b, t, *at))
+                edits.add(reader, 1, f"r2{self._how}", turn.turned)
                 self._done("r2", node, context, stats)
 
     def _queries(self, graph: Graph, edits: WeightEdits, context: Context, stats: PassStats) -> None:
@@ -134,7 +145,7 @@ class RotateHadamard(Pass):
             elif context.rewrites_left != 0:
                 turn = self._rotation(x.meta["val"].shape[-1])
                 node.update_arg(0, self._online(graph, node, x, turn, edits))
-                edits.add(node, 1, "r4", turn.turned)
+                edits.add(node, 1, f"r4{self._how}", turn.turned)
                 self._done("r4", node, context, stats)
 
     def _online(self, graph: Graph, before: fx.Node, x: Any, turn: Rotation, edits: WeightEdits) -> fx.Node:

@@ -21,6 +21,7 @@ from llmopt.compiler.hadamard import Rotation, exists, hadamard, largest
 from llmopt.compiler.pipeline import PassStats
 from llmopt.compiler.program import Program, Weight
 from llmopt.passes import Canonicalize, InsertKVCache, Quantize, RaiseAten, RotateHadamard
+from llmopt.passes.residual import residual_stream
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -118,8 +119,10 @@ def test_outliers_and_offsets_are_spread(size: int) -> None:
 
 
 def test_an_order_that_cannot_be_made_is_told() -> None:
-    with pytest.raises(InputError, match=r"no rotation of order 172 can be made; the nearest orders are 168 and 176"):
+    with pytest.raises(InputError, match="no rotation of order 172 can be made; wanted such as 168"):
         Rotation(172)
+    with pytest.raises(InputError, match="no rotation of order 0 can be made; wanted such as 1"):
+        Rotation(0)
     with pytest.raises(InputError, match="no Hadamard matrix of order 92"):
         hadamard(92)
 
@@ -148,11 +151,12 @@ def test_a_tied_table_is_turned_for_either_use() -> None:
 def test_norms_behind_products_keep_the_stream_as_it_is() -> None:
     """Gemma 2's, whose weights are no product's to take."""
     with pytest.raises(
-        PassMatchedNothing, match=r"r1: .*, rms_norm, writes to the residual stream; .* cannot be turned"
+        PassMatchedNothing, match=r"r1 left out: .*, rms_norm, writes to the residual stream; .* cannot be turned"
     ):
         rotated("gemma2", r2=False)
     after, stats = rotated("gemma2", r3=True, r4=True)
     assert [rule for rule, _ in stats.rejected] == ["r1"]
+    assert "cannot be turned" in stats.notes[0]
     want, got = logits(structured("gemma2")), logits(after)
     assert float((got - want).norm() / want.norm()) < 1e-9
 
@@ -167,7 +171,7 @@ def test_products_are_known_by_the_names_they_had() -> None:
 def test_what_cannot_be_asked_for() -> None:
     with pytest.raises(RecipeError, match="order is -1; wanted 0"):
         rotated("llama", order=-1)
-    with pytest.raises(PassMatchedNothing, match="none of r1 to r4"):
+    with pytest.raises(PassMatchedNothing, match="none of r1 to r4 is asked for"):
         rotated("llama", r1=False, r2=False)
     step = run(structured("llama"), InsertKVCache())[0]
     with pytest.raises(RecipeError, match="stands behind 'insert-kv-cache'; move it before"):
@@ -182,3 +186,30 @@ def test_tokens_stay_what_they_were(recipe: str) -> None:
         for name in ("default", recipe)
     )
     assert got == want
+
+
+def test_weights_of_other_rotations_have_other_names() -> None:
+    """Statistics of one are not taken for those of another."""
+    seen = [set(rotated("llama", **options)[0].used_weights()) for options in ({}, {"seed": 1}, {"order": 8})]
+    turned = [{name for name in names if ".r1" in name} for names in seen]
+    assert all(turned)
+    assert not turned[0] & turned[1]
+    assert not turned[0] & turned[2]
+    assert "model.layers.0.self_attn.o_proj.weight.r1-8.r2-8" in turned[2]
+
+
+def test_a_norm_whose_weight_is_computed_and_a_stream_of_two_widths_are_left_alone() -> None:
+    program = structured("llama").copy()
+    graph = program.graph("forward")
+    norm = next(graph.calls("rms_norm"))
+    with graph.fx.inserting_before(norm):
+        doubled_weight = graph.fx.call_function(torch.ops.aten.mul.Tensor, (norm.args[1], 2.0))
+    doubled_weight.meta.update(norm.args[1].meta)
+    norm.update_arg(1, doubled_weight)
+    assert residual_stream(graph) == f"the weight of {norm.name} is computed"
+    graph = structured("llama").copy().graph("forward")
+    table = next(graph.calls("aten.embedding"))
+    with graph.fx.inserting_after(table):
+        other = graph.fx.call_function(table.target, table.args)
+    other.meta.update(table.meta, val=table.meta["val"].new_empty((*table.meta["val"].shape[:-1], 8)))
+    assert "elements, and what the stream begins with" in str(residual_stream(graph))
