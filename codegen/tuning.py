@@ -124,8 +124,17 @@ def source_hash(module: str) -> str:
     for node in kept:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    texts = ("\n".join([name, *(ast.unparse(node) for node in body if node in kept)]) for name, body in bodies.items())
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+    forms = [[name, *(_form(node) for node in body if node in kept)] for name, body in bodies.items()]
+    return hashlib.sha256(repr(forms).encode()).hexdigest()[:16]
+
+
+def _form(value: Any) -> Any:
+    """A syntax tree in lists that are the same under every Python: `ast.unparse` quotes f-strings by version, and
+    `ast.dump` writes fields that are empty by version."""
+    if isinstance(value, ast.AST):
+        fields = [(name, _form(item)) for name, item in ast.iter_fields(value) if name not in ("ctx", "kind")]
+        return [type(value).__name__, *((name, form) for name, form in fields if form not in (None, []))]
+    return [_form(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_by(readers: Sequence[ast.stmt], nodes: list[ast.stmt]) -> list[ast.stmt]:

@@ -125,6 +125,20 @@ def test_the_hash_is_of_all_that_a_kernel_calls_and_reads_and_of_nothing_else(tm
     assert len({first, *others}) == 9
 
 
+def test_the_hash_is_the_same_under_every_python(tmp_path: Path) -> None:
+    """Tables are made under one version and read under others: f-strings and empty fields count alike."""
+    text = """import triton\nSIZES = {'a': 1}\nTEXT = f"{SIZES['a']:#x} 'of' {SIZES['a']}" "and"\n
+@triton.jit
+def kernel(x, N=1):
+    return [x[0, 1:2], -x, TEXT, None]
+"""
+    (tmp_path / "made.py").write_text(text)
+    tuning.source_hash.cache_clear()
+    with toys(tmp_path):
+        assert tuning.source_hash("made") == "d57f6140b1db3dcc"
+    tuning.source_hash.cache_clear()
+
+
 def test_what_kernels_read_of_other_modules_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers of small floats are not a template's own."""
     elements = "llmopt.compiler.quant.elements"
