@@ -241,7 +241,7 @@ class Prefill:
         tiles = self.layout.tiles(config["BLOCK_Q"])
         prefill.prefill_attention[(len(tiles), LLAMA.HQ)](
             self.q, self.k, self.v, self.tables, tiles, None, self.out, self.tables.shape[1], **LLAMA.shape,
-            PAGE=self.page, SCALE=LLAMA.D**-0.5, WINDOW=0, SOFTCAP=0.0, **config,
+            PAGE=self.page, SCALE=LLAMA.D**-0.5, WINDOW=0, SOFTCAP=0.0, K_KIND="", V_KIND="", V_ORDER=1, **config,
         )  # fmt: skip
 
     def whole(self) -> None:

@@ -16,14 +16,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmopt.compiler import knobs
 from llmopt.compiler.errors import BuildError
-from llmopt.compiler.ops.attention import attend, kv_write
+from llmopt.compiler.ops.attention import attend, attend_unpacked, kv_write, write_packed
 from llmopt.compiler.ops.linear import linear
+from llmopt.compiler.quant.kv import Packing
 from llmopt.compiler.target import cxx
 
 SOURCES = Path(__file__).parent / "templates"
@@ -37,6 +39,12 @@ _SCHEMAS.define(
     "Tensor? sinks, float scale, int window, float softcap) -> Tensor"
 )
 _SCHEMAS.define("kv_write_(Tensor(a!) pages, Tensor x, Tensor slots) -> ()")
+# packed pages: torch packs and unpacks them around the kernel, out of sight of whoever traces a region
+_SCHEMAS.define(
+    "attend_packed_cpp(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_tables, Tensor seq_ids, "
+    "Tensor positions, Tensor? sinks, float scale, int window, float softcap, str k_packing, str v_packing) -> Tensor"
+)
+_SCHEMAS.define("kv_write_packed_(Tensor(a!) pages, Tensor x, Tensor slots, str packing) -> ()")
 
 
 @torch.library.register_fake("llmopt::linear_cpp", lib=_SCHEMAS)
@@ -61,9 +69,28 @@ def _attend_fake(
     return q.new_empty((1, q.shape[2], q.shape[1], v_pages.shape[3])).transpose(1, 2)
 
 
+@torch.library.register_fake("llmopt::attend_packed_cpp", lib=_SCHEMAS)
+def _attend_packed_fake(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: Any) -> Tensor:
+    width = v_pages.shape[3] if not rest[-1] else Packing.parse(rest[-1]).channels(v_pages.shape[3])
+    return q.new_empty((*q.shape[:-1], width))
+
+
+def _attend_packed(q: Tensor, *rest: Any) -> Tensor:
+    return attend_unpacked(torch.ops.llmopt.attend_cpp.default, q, *rest).contiguous()
+
+
 @torch.library.register_fake("llmopt::kv_write_", lib=_SCHEMAS)
-def _kv_write_fake(pages: Tensor, x: Tensor, slots: Tensor) -> None:
+@torch.library.register_fake("llmopt::kv_write_packed_", lib=_SCHEMAS)
+def _kv_write_fake(pages: Tensor, x: Tensor, slots: Tensor, packing: str = "") -> None:
     return None
+
+
+def _kv_write_packed(pages: Tensor, x: Tensor, slots: Tensor, packing: str) -> None:
+    write_packed(pages, x, slots, packing)
+
+
+_SCHEMAS.impl("attend_packed_cpp", _attend_packed, "CPU")
+_SCHEMAS.impl("kv_write_packed_", _kv_write_packed, "CPU")
 
 
 def _dtype_reason(*tensors: Tensor | None, allowed: tuple[torch.dtype, ...] = DTYPES) -> str | None:
@@ -82,11 +109,13 @@ def _linear_supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> s
 
 
 def _attend_supports(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: object) -> str | None:
-    return _dtype_reason(q, k_pages, v_pages)
+    # packed pages are unpacked beforehand, into fp32
+    plain = [p for p, packing in zip((k_pages, v_pages), rest[7:] or ("", ""), strict=True) if not packing]
+    return _dtype_reason(q, *plain)
 
 
-def _kv_write_supports(pages: Tensor, x: Tensor, slots: Tensor) -> str | None:
-    return _dtype_reason(pages, x, allowed=(*DTYPES, torch.float64))
+def _kv_write_supports(pages: Tensor, x: Tensor, slots: Tensor, packing: str = "") -> str | None:
+    return _dtype_reason(*([] if packing else [pages]), x, allowed=(*DTYPES, torch.float64))
 
 
 @linear.provider("cpp", needs={"cpp"}, supports=_linear_supports)
@@ -110,17 +139,23 @@ def attend_cpp(
     scale: float,
     window: int,
     softcap: float,
+    k_packing: str = "",
+    v_packing: str = "",
 ) -> Tensor:
     """`attend`; a row's bits do not depend on the other rows. The result is a transposed view of [1, N, Hq, D]."""
-    return torch.ops.llmopt.attend_cpp.default(
-        q, k_pages, v_pages, block_tables, seq_ids, positions, sinks, scale, window, softcap
-    )
+    given = q, k_pages, v_pages, block_tables, seq_ids, positions, sinks, scale, window, softcap
+    if k_packing or v_packing:
+        return torch.ops.llmopt.attend_packed_cpp.default(*given, k_packing, v_packing)
+    return torch.ops.llmopt.attend_cpp.default(*given)
 
 
 @kv_write.provider("cpp", needs={"cpp"}, supports=_kv_write_supports)
-def kv_write_cpp(pages: Tensor, x: Tensor, slots: Tensor) -> Tensor:
+def kv_write_cpp(pages: Tensor, x: Tensor, slots: Tensor, packing: str = "") -> Tensor:
     """`kv_write` in place: overwrites `pages` and returns it."""
-    torch.ops.llmopt.kv_write_.default(pages, x, slots)
+    if packing:
+        torch.ops.llmopt.kv_write_packed_.default(pages, x, slots, packing)
+    else:
+        torch.ops.llmopt.kv_write_.default(pages, x, slots)
     return pages
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,12 +21,14 @@ from llmopt.codegen.fused_region import (
 )
 from llmopt.codegen.kernel import FRESH, PAGED, Buffer, Call, Scalar
 from llmopt.codegen.printer import Operands
-from llmopt.compiler.emittable import attention_shape, keeps_order, puts_tokens_first
+from llmopt.compiler.emittable import attention_shape, keeps_order, packings_of, puts_tokens_first
 from llmopt.compiler.errors import EmitError
+from llmopt.compiler.quant.kv import Packing
 
 # lengths of prompts are rounded up to multiples of this for torch's attention: cuDNN, which it calls on an sm_90,
 # plans anew for each length, for tens of milliseconds
 TORCH_TOKENS = 256
+_HOOKS = {"LOAD_Q": query_hook, "LOAD_K": key_hook, "LOAD_V": key_hook}
 
 
 def _common(region: FusedRegion, attend: fx.Node) -> tuple[list[Argument], Argument, Argument, dict[str, Scalar]]:
@@ -102,10 +104,10 @@ def _kernel(region: FusedRegion, attend: fx.Node, made: Sequence[fx.Node], token
     """`made`: q, and the token's own k and v."""
     paged, sinks, out, constants = _common(region, attend)
     operands = Operands()
-    printers = {"LOAD_Q": query_hook, "LOAD_K": key_hook, "LOAD_V": key_hook}
-    hooks = {k: hook(operands, n, region.stored) for (k, hook), n in zip(printers.items(), made, strict=True)}
+    hooks = {k: hook(operands, n, region.stored) for (k, hook), n in zip(_HOOKS.items(), made, strict=True)}
     heads = attention_shape(attend)
-    template = "decode_attention:decode_attention"
+    packed = _packed(attend)
+    template = "decode_packed:decode_packed" if packed else "decode_attention:decode_attention"
     config = config_of(region, template, {**heads, "N": tokens}, dtype_of(attend))
     arguments: list[Argument] = [
         *paged,
@@ -120,7 +122,17 @@ def _kernel(region: FusedRegion, attend: fx.Node, made: Sequence[fx.Node], token
         *((name, "i32", name) for name in ("N", "M", "SPLITS")),
     ]
     more: dict[str, Scalar] = {"ORDER": region.ordered.get(str(out[2]), 0), "PDL": region.pdl}
-    return call_of(template, heads, config, arguments, {**constants, **more}, hooks)
+    return call_of(template, heads, config, arguments, {**constants, **packed, **more}, hooks)
+
+
+def _packed(attend: fx.Node) -> dict[str, Scalar]:
+    """The constants that say how keys and values are packed; none if they are not."""
+    found: dict[str, Scalar] = {}
+    for letter, packing in zip("KV", packings_of(attend), strict=True):
+        if packing:
+            how = Packing.parse(packing)
+            found |= {f"{letter}_KIND": how.kind, f"{letter}_ORDER": how.order}
+    return found
 
 
 def many_attention(region: FusedRegion) -> None:
@@ -130,15 +142,18 @@ def many_attention(region: FusedRegion) -> None:
     q, writes = attend.args[0], attend.args[1:3]
     paged, sinks, out, constants = _common(region, attend)
     heads = attention_shape(attend)
-    template = "prefill_attention:prefill_attention"
-    config = config_of(region, template, heads, dtype_of(attend))
+    template, packed = "prefill_attention:prefill_attention", _packed(attend)
+    config = config_of(region, template, {**heads, "PACKED": int(bool(packed))}, dtype_of(attend))
     given = constants["WINDOW"], constants["SOFTCAP"], sinks[1] is not None
     apart = template_of(template).torch_attends(heads, dtype_of(attend), region.target, *given)
     left = [q] if apart else [q, *(n.args[1] for n in writes)]  # type: ignore[union-attr]
     # torch's attention may read past the last token
     made = {n: region.temporary(region.buffer(n, _by_token(n, 0 if apart else TORCH_TOKENS - 1))) for n in left}  # type: ignore[arg-type]
-    pages = {n: region.argument(n.args[0]) for n in writes}  # type: ignore[union-attr, arg-type]
-    region.rows({**made, **pages}, "N", by_token=tuple(left))  # type: ignore[dict-item, arg-type]
+    if packed:
+        _write(region, attend, made)  # type: ignore[arg-type]
+    else:
+        pages = {n: region.argument(n.args[0]) for n in writes}  # type: ignore[union-attr, arg-type]
+        region.rows({**made, **pages}, "N", by_token=tuple(left))  # type: ignore[dict-item, arg-type]
     if apart is None:
         scale = ("scale", constants["SCALE"]), ("multiple", TORCH_TOKENS)
         region.calls.append(Call((*made.values(), "layout", out[2]), op="attend", constants=scale, when=FRESH))
@@ -150,8 +165,45 @@ def many_attention(region: FusedRegion) -> None:
         out,
         ("M", "i32", "M"),
     ]
-    tiled = call_of(template, heads, config, arguments, constants, {})
+    packed.pop("K_ORDER", None)
+    plain: dict[str, Scalar] = {"K_KIND": "", "V_KIND": "", "V_ORDER": 1}
+    tiled = call_of(template, heads, config, arguments, {**constants, **plain, **packed}, {})
     region.calls.append(tiled if apart else replace(tiled, when=PAGED))
+
+
+def _write(region: FusedRegion, attend: fx.Node, made: Mapping[fx.Node, str]) -> None:
+    """q, k and v computed, rotated and rounded in one kernel, or in one that reads what kernels over rows computed."""
+    nodes = [attend.args[0], *(n.args[1] for n in attend.args[1:3])]  # type: ignore[union-attr]
+    try:
+        call = _writing(region, attend, nodes, nodes, made)  # type: ignore[arg-type]
+    except EmitError as error:
+        region.notes.append(f"q, k and v are made by kernels over rows: {error}")
+        call = _writing(region, attend, nodes, _stored_by_token(region, nodes), made)  # type: ignore[arg-type]
+    region.calls.append(call)
+
+
+def _writing(
+    region: FusedRegion,
+    attend: fx.Node,
+    nodes: Sequence[fx.Node],
+    given: Sequence[fx.Node],
+    made: Mapping[fx.Node, str],
+) -> Call:
+    operands, heads, template = Operands(), attention_shape(attend), "write_packed:write_packed"
+    hooks = {k: hook(operands, n, region.stored) for (k, hook), n in zip(_HOOKS.items(), given, strict=True)}
+    config = config_of(region, template, heads, dtype_of(attend))
+    arguments: list[Argument] = [
+        (f"{letter}_out", type_of(n) if n in made else None, made.get(n))
+        for letter, n in zip("qkv", nodes, strict=True)
+    ]
+    writes: list[fx.Node] = list(attend.args[1:3])  # type: ignore[arg-type]
+    arguments += [
+        (f"{letter}_pages", type_of(n), region.argument(n.args[0]))  # type: ignore[arg-type]
+        for letter, n in zip("kv", writes, strict=True)
+    ]
+    arguments += [("slots", "*i64", region.argument(writes[0].args[2])), *passed(region, operands)]  # type: ignore[arg-type]
+    constants: dict[str, Scalar] = {**heads, **_packed(attend), "PDL": region.pdl}
+    return call_of(template, heads, config, arguments, constants, hooks)
 
 
 def _by_token(node: fx.Node, more: int) -> tuple[int | str, ...]:

@@ -41,6 +41,7 @@ CASTS = frozenset({"to", "_to_copy"})
 PRODUCTS = {"linear": (range(1, 2), 2), "quantized_linear": (range(1, 5), 5)}
 # (weights, activations) that scaled matrix instructions multiply as they are, both sides in codes with scales
 SCALED = frozenset({("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("mxfp8", "mxfp8")})
+PACKED = ("int4", "int8", "fp8")  # packings of keys and values that kernels read
 OPERANDS = {"gemm": 6, "rows": 8}  # tensors a template's hooks may read
 OUTPUTS = 4  # tensors a kernel over rows may write
 LONGEST_ROW = 16384  # elements of a reduced axis: one program holds them all
@@ -148,8 +149,24 @@ def puts_tokens_first(node: fx.Node) -> bool:
 
 def attention_shape(attend: fx.Node) -> dict[str, int]:
     """What the templates of attention are asked about: HQ, HKV, D, DV, PAGE."""
-    q, k, v = (n.meta["val"].shape for n in attend.args[:3])  # type: ignore[union-attr]
-    return {"HQ": q[1], "HKV": k[1], "D": k[3], "DV": v[3], "PAGE": k[2]}
+    q, k = (n.meta["val"].shape for n in attend.args[:2])  # type: ignore[union-attr]
+    return {"HQ": q[1], "HKV": k[1], "D": q[3], "DV": attend.meta["val"].shape[3], "PAGE": k[2]}
+
+
+def packings_of(attend: fx.Node) -> tuple[str, str]:
+    """How its keys and values are packed; empty where they are not."""
+    return argument(attend, "k_packing", ""), argument(attend, "v_packing", "")
+
+
+def why_no_packing(packings: tuple[str, str], dtype: str) -> str | None:
+    """None if the templates of attention read pages packed so for results of this dtype (a torch name), or why not."""
+    kinds = [packing.partition("-")[0] for packing in packings]
+    if not any(kinds):
+        return None
+    if not all(kind in PACKED for kind in kinds):
+        said = " and ".join(packing or "plain" for packing in packings)
+        return f"keys and values are packed as {said}; kernels read both in one of {', '.join(PACKED)}"
+    return None if dtype == "bfloat16" else f"dtype {dtype}: packed keys and values are multiplied in bfloat16"
 
 
 def why_no_attention(shape: Mapping[str, int], dtype: str) -> str | None:

@@ -367,6 +367,10 @@ def _rotated(name: str, about: str, **options: Any) -> Recipe:
     return Recipe(name, (*_STANDARD[:2], rotate, *_STANDARD[2:]), about=about)
 
 
+def _packed(name: str, about: str, **options: Any) -> Recipe:
+    return Recipe(name, (*_STANDARD[:3], PassSpec.of("quantize-kv", **options), *_STANDARD[3:]), about=about)
+
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -386,6 +390,10 @@ RECIPES: dict[str, Recipe] = {
         _quantized("w4a4", "NVFP4 weights and activations", scheme="NVFP4"),
         _quantized("w8a8", "8-bit integer weights and activations", scheme="W8A8"),
         _quantized("w8a8-fp8", "8-bit float weights and activations", scheme="FP8_DYNAMIC"),
+        _packed("int4-kv", "keys and values of 4 bits, keys rotated head by head", keys="int4", values="int4"),
+        _packed("int8-kv", "keys and values of 8-bit integers", keys="int8", values="int8", rotate="none"),
+        _packed("fp8-kv", "keys and values of 8-bit floats (E4M3)", keys="fp8", values="fp8", rotate="none"),
+        _packed("nvfp4-kv", "keys and values of NVFP4", keys="nvfp4", values="nvfp4", rotate="none"),
         # to be joined to one of those above: how scales and codes are chosen
         _quantized("max", "with one above: each scale by the largest weight, not by a search", scale="max"),
         _quantized("search", "with one above: each scale by the least squared error (what they do)", scale="search"),

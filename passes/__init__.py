@@ -6,11 +6,14 @@ from llmopt.passes.fuse import Fuse
 from llmopt.passes.insert_kv_cache import InsertKVCache
 from llmopt.passes.lower import Lower
 from llmopt.passes.quantize import Quantize
+from llmopt.passes.quantize_kv import QuantizeKV
 from llmopt.passes.raise_aten import RaiseAten
 from llmopt.passes.rotate_hadamard import RotateHadamard
 
 PASSES: dict[str, type[Pass]] = {
-    p.name: p for p in (RaiseAten, Canonicalize, RotateHadamard, InsertKVCache, Quantize, Fuse, Lower)
+    p.name: p for p in (RaiseAten, Canonicalize, RotateHadamard, InsertKVCache, Quantize, QuantizeKV, Fuse, Lower)
 }
 
-__all__ = ["PASSES", "Canonicalize", "Fuse", "InsertKVCache", "Lower", "Quantize", "RaiseAten", "RotateHadamard"]
+__all__ = [
+    "PASSES", "Canonicalize", "Fuse", "InsertKVCache", "Lower", "Quantize", "QuantizeKV", "RaiseAten", "RotateHadamard",
+]  # fmt: skip

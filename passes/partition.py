@@ -28,8 +28,10 @@ from llmopt.compiler.emittable import (
     REDUCTIONS,
     attention_shape,
     op_name,
+    packings_of,
     weight_of,
     why_no_attention,
+    why_no_packing,
     why_no_product,
     why_not,
 )
@@ -106,7 +108,8 @@ def _not_attend(node: fx.Node) -> str | None:
     for name, value in early.items():
         if isinstance(value, fx.Node) and not _is_given(value):
             return f"its {name} are computed in the step; wanted an input or a weight, as they are read ahead"
-    return why_no_attention(attention_shape(node), str(node.meta["val"].dtype).removeprefix("torch."))
+    dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+    return why_no_attention(attention_shape(node), dtype) or why_no_packing(packings_of(node), dtype)
 
 
 def _is_given(node: fx.Node) -> bool:

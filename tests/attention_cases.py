@@ -13,6 +13,26 @@ from torch import Tensor
 from llmopt.codegen import tuning
 from llmopt.compiler.ops.attention import attend, kv_write
 
+ISAS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"]
+SHAPE = {"HQ": 32, "HKV": 8, "D": 128, "DV": 128, "PAGE": 16}
+# hooks by plain loads, for kernels that are only compiled
+HOOKS = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def load_q(n, h, d, ok, e0, e1, e2, e3, e4, e5):
+    return tl.load(e0 + n * 8192 + h * 256 + d, mask=ok, other=0.0).to(tl.float32)
+
+@triton.jit
+def load_k(n, h, d, ok, e0, e1, e2, e3, e4, e5):
+    return tl.load(e1 + n * 2048 + h * 256 + d, mask=ok, other=0.0).to(tl.float32)
+
+@triton.jit
+def load_v(n, h, d, ok, e0, e1, e2, e3, e4, e5):
+    return tl.load(e2 + n * 2048 + h * 256 + d, mask=ok, other=0.0).to(tl.float32)
+"""
+
 
 def attention_entries() -> list[dict[str, Any]]:
     """Entries of the shipped tables for decoding, each shape and config once; whatever the number of tokens."""

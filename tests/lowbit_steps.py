@@ -30,7 +30,7 @@ PROMPTS = (7, 4)  # lengths of what is decoded from
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe, the scheme it gives weights, and how the tiny model differs."""
+    """A recipe, the scheme it gives weights ("": none), and how the tiny model differs."""
 
     recipe: str
     scheme: str
@@ -51,6 +51,8 @@ class Case:
         return model
 
     def _round(self, group: list[nn.Linear]) -> None:
+        if not self.scheme:
+            return
         whole = torch.cat([linear.weight.detach().bfloat16() for linear in group])
         rounded = quantize(whole, self.scheme, "search").dequantize(torch.float64)
         for linear, part in zip(group, rounded.split([linear.out_features for linear in group]), strict=True):

@@ -72,9 +72,9 @@ def _step(
 
 
 @triton.jit
-def _combine(partial, lse, out, n, h, parts, SPLITS, HQ: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr,
-             BLOCK_S: tl.constexpr, ORDER: tl.constexpr):  # fmt: skip
-    # partial [N, HQ, SPLITS, DV], lse [N, HQ, SPLITS, 2]; all of the first `parts` hold something
+def _combine(partial, lse, n, h, parts, SPLITS, HQ: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr,
+             BLOCK_S: tl.constexpr):  # fmt: skip
+    # the result [G, DV] of partial [N, HQ, SPLITS, DV], lse [N, HQ, SPLITS, 2]; all of the first `parts` hold something
     G: tl.constexpr = HQ // HKV
     g = tl.arange(0, triton.next_power_of_2(G))
     d = tl.arange(0, max(16, triton.next_power_of_2(DV)))
@@ -102,8 +102,16 @@ def _combine(partial, lse, out, n, h, parts, SPLITS, HQ: tl.constexpr, HKV: tl.c
         mass = mass * shrink + tl.sum(sums * weights, 1)
         acc = acc * shrink[:, None] + tl.sum(results * tl.trans(weights)[:, :, None], 0)
         m = top
-    value = acc / tl.where(g < G, mass, 1.0)[:, None]
-    at = _place(n, head, d, HQ, DV, ORDER)
+    return acc / tl.where(g < G, mass, 1.0)[:, None]
+
+
+@triton.jit
+def _store(out, value, n, h, HQ: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr, ORDER: tl.constexpr):
+    # `_combine`'s value
+    g = tl.arange(0, value.shape[0])
+    d = tl.arange(0, value.shape[1])
+    at = _place(n, n * HQ + h * (HQ // HKV) + g, d, HQ, DV, ORDER)
+    inside = (g < HQ // HKV)[:, None] & (d < DV)[None, :]
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -275,7 +283,8 @@ def decode_attention(  # noqa: C901
         else:
             _part(partial, lse, m, mass, acc, heads * SPLITS + split, real, DV)
             if tl.atomic_add(tickets + (n * HKV + h), 1, sem="acq_rel") == parts - 1:
-                _combine(partial, lse, out, n, h, parts, SPLITS, HQ, HKV, DV, BLOCK_S, ORDER)
+                value = _combine(partial, lse, n, h, parts, SPLITS, HQ, HKV, DV, BLOCK_S)
+                _store(out, value, n, h, HQ, HKV, DV, ORDER)
                 tl.store(tickets + (n * HKV + h), 0)
 
 

@@ -13,54 +13,111 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from llmopt.codegen.templates.packed import (
+    BITS,
+    centre_of,
+    in_channels,
+    in_order,
+    key_operand,
+    load_codes,
+    offset_of,
+    row_at,
+    row_width,
+    scale_and_offset,
+    turned_back,
+)
 from llmopt.codegen.templates.paged import dot, drain, key_rows, logits, rows
 from llmopt.compiler.emittable import why_no_attention
 from llmopt.compiler.target import Target
 
 
+@triton.constexpr_function
+def _channels(size, kind):
+    return row_width(kind, size, 4) * (32 // BITS[kind]) if kind else max(16, triton.next_power_of_2(size))
+
+
+@triton.jit
+def _lies(table, h, t, ok, KIND: tl.constexpr, HKV: tl.constexpr, PAGE: tl.constexpr):
+    # rows of keys at positions t; of packed pages the pages alone
+    if KIND != "":
+        return tl.load(table + t // PAGE, mask=ok, other=0)
+    else:
+        return key_rows(table, h, t, ok, HKV, PAGE)
+
+
+@triton.jit
+def _packed_tile(pages, page, h, at, ok, KIND: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr):
+    # bf16 [T, channels] in the operand's order, and the scale and offset [T] of each
+    words = pages.to(tl.pointer_type(tl.int32))
+    first, word = row_at(page, at % PAGE, h, KIND, HKV, D, PAGE)
+    codes = load_codes(words, first, ok, KIND, D, row_width(KIND, D, 4))
+    scale, offset = scale_and_offset(tl.load(words + word, mask=ok, other=0))
+    return key_operand(codes, KIND), scale, offset
+
+
 @triton.jit
 def _walk(
-    q, k_pages, v_pages, table, h, at, begin, end, m, mass, acc, MASKED: tl.constexpr, HKV: tl.constexpr,
+    q, total, k_pages, v_pages, table, h, at, begin, end, m, mass, beside, acc, MASKED: tl.constexpr, HKV: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, BLOCK_T: tl.constexpr, DRAIN: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_T: tl.constexpr, DRAIN: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
 ):  # fmt: skip
-    # keys begin .. end - 1 for queries q [Q, D] at positions `at` [Q]; without MASKED whole tiles that all of them see
+    # keys begin .. end - 1 for queries q [Q, D] at positions `at` [Q]; without MASKED whole tiles that all of them see.
+    # Of packed pages q's channels are in the operand's order and `total` [Q] their sum; acc's channels come in that
+    # order, and `beside` [Q] is what belongs to all of them
     t = begin + tl.arange(0, BLOCK_T)
-    row = key_rows(table, h, t, t < end, HKV, PAGE)
+    row = _lies(table, h, t, t < end, K_KIND, HKV, PAGE)
     for _ in range(begin, end, BLOCK_T):
-        k = rows(k_pages, row, t < end, D, False)
-        v = rows(v_pages, row, t < end, DV, False)
-        s = logits(dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_T], tl.float32)), SCALE, SOFTCAP)
+        ok = t < end
+        if K_KIND != "":
+            k, scale, offset = _packed_tile(k_pages, row, h, t, ok, K_KIND, HKV, D, PAGE)
+            s = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_T], tl.float32)) * scale[None, :]
+            s += total[:, None] * (offset - offset_of(K_KIND) * scale)[None, :]
+        else:
+            k = rows(k_pages, row, ok, D, False)
+            s = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_T], tl.float32))
+        if V_KIND != "":
+            v, v_scale, v_offset = _packed_tile(v_pages, row, h, t, ok, V_KIND, HKV, DV, PAGE)
+        else:
+            v = rows(v_pages, row, ok, DV, False)
+        s = logits(s, SCALE, SOFTCAP)
         if MASKED:
-            ok = t[None, :] <= at[:, None]
+            seen = t[None, :] <= at[:, None]
             if WINDOW > 0:
-                ok = ok & (t[None, :] > at[:, None] - WINDOW)
-            s = tl.where(ok, s, float("-inf"))
+                seen = seen & (t[None, :] > at[:, None] - WINDOW)
+            s = tl.where(seen, s, float("-inf"))
         t += BLOCK_T
-        row = key_rows(table, h, t, t < end, HKV, PAGE)
+        row = _lies(table, h, t, t < end, K_KIND, HKV, PAGE)
         top = tl.maximum(m, tl.max(s, 1))
         # a row may have seen no key yet (window, or a masked tile before its first)
         known = tl.where(top > float("-inf"), top, 0.0) if MASKED else top
         p = tl.exp2(s - known[:, None])
         shrink = tl.exp2(m - known)
         mass = mass * shrink + tl.sum(p, 1)
-        acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
+        if V_KIND != "":
+            v = (v.to(tl.float32) - (offset_of(V_KIND) + centre_of(V_KIND))).to(v.dtype)
+            beside = beside * shrink + tl.sum(p * (v_offset + centre_of(V_KIND) * v_scale)[None, :], 1)
+            acc = dot((p * v_scale[None, :]).to(v.dtype), v, acc * shrink[:, None])
+        else:
+            acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
         if DRAIN:  # the product reads p from registers while it runs
             drain()
         m = top
-    return m, mass, acc
+    return m, mass, beside, acc
 
 
 @triton.jit(do_not_specialize=["M"])
 def prefill_attention(
     q, k_pages, v_pages, tables, tiles, sinks, out, M, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, DRAIN: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, DRAIN: tl.constexpr, K_KIND: tl.constexpr,
+    V_KIND: tl.constexpr, V_ORDER: tl.constexpr,
 ):  # fmt: skip
     """out [N, HQ, DV] of q [N, HQ, D]; grid (T, HQ).
 
-    k_pages [P, HKV, PAGE, D], v_pages [P, HKV, PAGE, DV]; tables int64 [., M]; tiles int32 [T, 4] = row of tables,
-    first token, tokens (at most BLOCK_Q, consecutive), position of the first; sinks [HQ] or None.
+    k_pages [P, HKV, PAGE, D], v_pages [P, HKV, PAGE, DV], or both packed, of kinds K_KIND and V_KIND (else ""), with
+    values rotated in blocks of V_ORDER (q is rotated already, as `write_packed` leaves it); tables int64 [., M];
+    tiles int32 [T, 4] = row of tables, first token, tokens (at most BLOCK_Q, consecutive), position of the first;
+    sinks [HQ] or None.
     """
     tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     table = tables + tl.load(tiles + tile * 4) * M
@@ -69,15 +126,21 @@ def prefill_attention(
     position = tl.load(tiles + tile * 4 + 3)
     h = head // (HQ // HKV)
     i = tl.arange(0, BLOCK_Q)
-    d = tl.arange(0, max(16, triton.next_power_of_2(D)))
-    dv = tl.arange(0, max(16, triton.next_power_of_2(DV)))
+    d = tl.arange(0, _channels(D, K_KIND))
+    dv = tl.arange(0, _channels(DV, V_KIND))
     # tokens * heads * channels may pass 2^31
     line = (token + i).to(tl.int64) * HQ + head
     x = tl.load(q + (line[:, None] * D + d[None, :]), mask=(i < count)[:, None] & (d < D)[None, :], other=0.0)
-    x = x.to(k_pages.dtype.element_ty)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    if K_KIND != "":
+        total = tl.sum(x.to(tl.float32), 1)
+        x = in_order(x, K_KIND)
+    else:
+        x = x.to(k_pages.dtype.element_ty)
     at = position + i
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_Q], tl.float32)
+    beside = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, dv.shape[0]], tl.float32)
     # before `far` the window cuts some rows, from `inner` on the diagonal does, between them every row sees every key
     end = position + count
@@ -85,20 +148,26 @@ def prefill_attention(
     if WINDOW > 0:
         start = tl.maximum(position - WINDOW + 1, 0)
         far = tl.minimum(start + tl.cdiv(tl.maximum(end - WINDOW - start, 0), BLOCK_T) * BLOCK_T, end)
-        m, mass, acc = _walk(x, k_pages, v_pages, table, h, at, start, far, m, mass, acc, True, HKV, D, DV, PAGE, SCALE,
-                             WINDOW, SOFTCAP, BLOCK_T, DRAIN)  # fmt: skip
+        m, mass, beside, acc = _walk(x, total, k_pages, v_pages, table, h, at, start, far, m, mass, beside, acc, True,
+                                     HKV, D, DV, PAGE, SCALE, WINDOW, SOFTCAP, BLOCK_T, DRAIN, K_KIND,
+                                     V_KIND)  # fmt: skip
     inner = far + tl.maximum(position + 1 - far, 0) // BLOCK_T * BLOCK_T
-    m, mass, acc = _walk(x, k_pages, v_pages, table, h, at, far, inner, m, mass, acc, False, HKV, D, DV, PAGE, SCALE,
-                         WINDOW, SOFTCAP, BLOCK_T, DRAIN)  # fmt: skip
-    m, mass, acc = _walk(x, k_pages, v_pages, table, h, at, inner, end, m, mass, acc, True, HKV, D, DV, PAGE, SCALE,
-                         WINDOW, SOFTCAP, BLOCK_T, DRAIN)  # fmt: skip
+    m, mass, beside, acc = _walk(x, total, k_pages, v_pages, table, h, at, far, inner, m, mass, beside, acc, False, HKV,
+                                 D, DV, PAGE, SCALE, WINDOW, SOFTCAP, BLOCK_T, DRAIN, K_KIND, V_KIND)  # fmt: skip
+    m, mass, beside, acc = _walk(x, total, k_pages, v_pages, table, h, at, inner, end, m, mass, beside, acc, True, HKV,
+                                 D, DV, PAGE, SCALE, WINDOW, SOFTCAP, BLOCK_T, DRAIN, K_KIND, V_KIND)  # fmt: skip
+    if V_KIND != "":
+        acc = in_channels(acc, V_KIND) + beside[:, None]
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
         top = tl.maximum(m, sink)
         acc = acc * tl.exp2(m - top)[:, None]
         mass = mass * tl.exp2(m - top) + tl.exp2(sink - top)
     # rows past the count have seen nothing of their own
-    value = (acc / tl.where(mass > 0, mass, 1.0)[:, None]).to(out.dtype.element_ty)
+    value = acc / tl.where(mass > 0, mass, 1.0)[:, None]
+    if V_ORDER > 1:
+        value = turned_back(value, dv[None, :], V_ORDER)
+    value = value.to(out.dtype.element_ty)
     tl.store(out + (line[:, None] * DV + dv[None, :]), value, mask=(i < count)[:, None] & (dv < DV)[None, :])
 
 
@@ -119,12 +188,15 @@ def supports(shape: Mapping[str, int], dtype: str, target: Target) -> str | None
 
 
 def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[str, Any]]:
-    """Constants worth trying, the default first; none if nothing fits. `shape` as for `supports`."""
+    """Constants worth trying, the default first; none if nothing fits. `shape` as for `supports`; PACKED: pages are."""
     wide = max(16, triton.next_power_of_2(max(shape["D"], shape["DV"])))
     if dtype == "float32":
         # products on the plain cores, whose operands the compiler keeps in registers: more of them from sm_90 on
         large = wide <= (64 if "pdl" in target.features else 128)
         tried = [(32, 32, 4, 2), (16, 16, 4, 2)] if large else [(16, 16, 4, 2), (32, 16, 8, 2)]
+    elif shape.get("PACKED"):
+        # codes are unpacked in registers
+        tried = [(64, 32, 4, 2), (64, 32, 4, 3), (128, 32, 8, 2), (64, 64, 8, 2)]
     elif wide > 128:
         tried = [(128, 32, 8, 2), (64, 32, 4, 2)]
     elif "wgmma" in target.features:

@@ -125,7 +125,7 @@ def prefilled(case: Case, counts: tuple[int, ...], block_q: int = 16, block_t: i
     prefill.prefill_attention[(len(tiles), hq)](
         q, k_pages, v_pages, cache.tables, tiles, sinks, out, cache.tables.shape[1],
         HQ=hq, HKV=hkv, D=d, DV=dv, PAGE=case.page, SCALE=case.scale, WINDOW=case.window, SOFTCAP=case.softcap,
-        BLOCK_Q=block_q, BLOCK_T=block_t, DRAIN=0,
+        K_KIND="", V_KIND="", V_ORDER=1, BLOCK_Q=block_q, BLOCK_T=block_t, DRAIN=0,
     )  # fmt: skip
     tolerance = TOLERANCE[case.dtype]
     assert (out.double() - want).abs().max() <= tolerance * want.abs().max()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_cases import attention_entries
+from attention_cases import HOOKS, ISAS, SHAPE, attention_entries
 
 from llmopt.codegen import cubin
 from llmopt.codegen.kernel import Kernel
@@ -20,25 +20,6 @@ from llmopt.codegen.templates import prefill_attention as prefill
 from llmopt.compiler.target import Target
 
 pytestmark = pytest.mark.xcompile
-
-ISAS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"]
-SHAPE = {"HQ": 32, "HKV": 8, "D": 128, "DV": 128, "PAGE": 16}
-HOOKS = """
-import triton
-import triton.language as tl
-
-@triton.jit
-def load_q(n, h, d, ok, e0, e1, e2, e3, e4, e5):
-    return tl.load(e0 + n * 8192 + h * 256 + d, mask=ok, other=0.0).to(tl.float32)
-
-@triton.jit
-def load_k(n, h, d, ok, e0, e1, e2, e3, e4, e5):
-    return tl.load(e1 + n * 2048 + h * 256 + d, mask=ok, other=0.0).to(tl.float32)
-
-@triton.jit
-def load_v(n, h, d, ok, e0, e1, e2, e3, e4, e5):
-    return tl.load(e2 + n * 2048 + h * 256 + d, mask=ok, other=0.0).to(tl.float32)
-"""
 
 
 def constants(shape: dict[str, int], settings: dict[str, Any], config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -68,7 +49,7 @@ def prompts(shape: dict[str, int], config: dict[str, Any], dtype: str, sinks: bo
     p = {"bfloat16": "*bf16", "float32": "*fp32"}[dtype]
     types = {"q": p, "k_pages": p, "v_pages": p, "tables": "*i64", "tiles": "*i32"}
     types |= {**({"sinks": p} if sinks else {}), "out": p, "M": "i32"}
-    none = () if sinks else (("sinks", None),)
+    none = (*(() if sinks else (("sinks", None),)), ("K_KIND", ""), ("V_KIND", ""), ("V_ORDER", 1))
     return Kernel(
         "prefill_attention:prefill_attention", tuple(types.items()), (*constants(shape, settings, config), *none),
         num_warps=config["num_warps"], num_stages=config["num_stages"],

@@ -1,0 +1,211 @@
+"""Attention of one new token a sequence over packed keys and values: `decode_attention` for pages of few bits.
+
+How programs share the work, when what is read, and why that is safe stands there. Here a tile of codes becomes the left
+operand of both products in registers, exact in bf16; a key's scale and offset are applied to its scores, a value's to
+its probabilities, so nothing is unpacked into memory. What codes as operands have too much or too little is settled in
+the sums: that of q's elements in the scores, that of the probabilities in the result.
+
+The token's own key and value are rotated, rounded and stored here, and enter as what their codes stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from llmopt.codegen.templates.decode_attention import (
+    _combine,
+    _keys,
+    _let_next_start,
+    _part,
+    _place,
+    _store,
+)
+from llmopt.codegen.templates.packed import (
+    bits_of,
+    by_channel,
+    centre_of,
+    in_order,
+    key_operand,
+    load_codes,
+    numbers,
+    offset_of,
+    rotated,
+    rounded,
+    row_at,
+    row_width,
+    scale_and_offset,
+    store_row,
+    turned_back,
+    value_operand,
+)
+from llmopt.codegen.templates.paged import dot, logits
+from llmopt.compiler.emittable import why_no_attention
+from llmopt.compiler.target import Target
+
+FEW = tl.constexpr(16)
+
+
+@triton.jit
+def _own_row(pages, x, d, slot, h, owner, KIND: tl.constexpr, ORDER: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+             PAGE: tl.constexpr):  # fmt: skip
+    # what the codes of x [1, DP], which go into their slot, stand for
+    codes, scale, offset = rounded(rotated(x, d, ORDER, False), d, KIND, D)
+    store_row(pages, slot, h, codes, scale, offset, owner, KIND, HKV, D, PAGE)
+    return tl.where(d < D, numbers(codes, scale, offset, KIND), 0.0)
+
+
+@triton.jit
+def _begin(q, own_k, own_v, sink, owner, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr):
+    # the softmax that begins with the token's own key [1, DP] and value [1, DVP], or with nothing
+    s = logits(tl.sum(q.to(tl.float32) * own_k, 1), SCALE, SOFTCAP)
+    top, share, mass = s, tl.full(s.shape, 1.0, tl.float32), tl.full(s.shape, 1.0, tl.float32)
+    if SINKS:
+        sink = sink * 1.4426950408889634
+        top = tl.maximum(s, sink)
+        share = tl.exp2(s - top)
+        mass = share + tl.exp2(sink - top)
+    share = tl.where(owner, share, 0.0)
+    m = tl.where(owner, top, float("-inf"))
+    return m, tl.where(owner, mass, 0.0), share[:, None] * own_v
+
+
+@triton.jit(do_not_specialize=["N", "M", "SPLITS"])
+def decode_packed(
+    k_pages, v_pages, tables, positions, slots, sinks, out, partial, lse, tickets, e0, e1, e2, e3, e4, e5, N, M, SPLITS,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr, LOAD_V: tl.constexpr,
+    K_KIND: tl.constexpr, K_ORDER: tl.constexpr, V_KIND: tl.constexpr, V_ORDER: tl.constexpr, ORDER: tl.constexpr,
+    BLOCK_T: tl.constexpr, LEAST: tl.constexpr, EARLY: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [N, HQ * DV] of token n = row n of tables [., M]; grid (N, HKV, SPLITS). As `decode_attention` but for
+
+    k_pages uint8 [P, HKV, PAGE, row of D], v_pages uint8 [P, HKV, PAGE, row of DV] as `kv.pages_of` arranges them, of
+    the packings K_KIND, V_KIND with Hadamard blocks of K_ORDER, V_ORDER.
+    """
+    if PDL and EARLY:
+        _let_next_start(SPLITS <= FEW)
+    G: tl.constexpr = HQ // HKV
+    WIDTH: tl.constexpr = max(8, triton.next_power_of_2(G))
+    KW: tl.constexpr = row_width(K_KIND, D, 4)
+    VW: tl.constexpr = row_width(V_KIND, DV, 8)
+    APART: tl.constexpr = PAGE == 1 or WINDOW > 0  # tokens of a pair may lie in two pages
+    n, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    table = tables + n * M
+    k_words, v_words = k_pages.to(tl.pointer_type(tl.int32)), v_pages.to(tl.pointer_type(tl.int32))
+    g = tl.arange(0, WIDTH)
+    d = tl.arange(0, KW * (32 // bits_of(K_KIND)))
+    dv = tl.arange(0, VW * (32 // bits_of(V_KIND)))
+    head = h * G + g
+    real = g < G
+    SINKS: tl.constexpr = sinks is not None
+    sink = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) if SINKS else 0.0
+    slot = tl.load(slots + n, cache_modifier=".cg")
+    position = tl.load(positions + n, cache_modifier=".cg").to(tl.int32)
+    first, last, parts = _keys(position, split, SPLITS, WINDOW, BLOCK_T, LEAST)
+    owner = split == parts - 1
+    t = tl.arange(0, BLOCK_T)
+    pair = tl.arange(0, BLOCK_T // 2) * 2
+    page = tl.load(table + (first + t) // PAGE, mask=first + t < last, other=0)
+    even_page = tl.load(table + (first + pair) // PAGE, mask=first + pair < last, other=0)
+    if APART:
+        odd_page = tl.load(table + (first + pair + 1) // PAGE, mask=first + pair + 1 < last, other=0)
+    else:
+        odd_page = even_page
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    q = LOAD_Q(n, head[:, None], d[None, :], real[:, None] & (d < D)[None, :], e0, e1, e2, e3, e4, e5)
+    q = rotated(q.to(tl.bfloat16).to(tl.float32), d[None, :], K_ORDER, True).to(tl.bfloat16)
+    c, cv = tl.zeros([1, 1], tl.int32) + d[None, :], tl.zeros([1, 1], tl.int32) + dv[None, :]
+    own_k = LOAD_K(n, h, c, owner & (c < D), e0, e1, e2, e3, e4, e5).to(tl.bfloat16).to(tl.float32)
+    own_v = LOAD_V(n, h, cv, owner & (cv < DV), e0, e1, e2, e3, e4, e5).to(tl.bfloat16).to(tl.float32)
+    own_k = _own_row(k_pages, own_k, c, slot, h, owner, K_KIND, K_ORDER, HKV, D, PAGE)
+    own_v = _own_row(v_pages, own_v, cv, slot, h, owner, V_KIND, V_ORDER, HKV, DV, PAGE)
+    m, mass, acc = _begin(q, own_k, own_v, sink, owner, SCALE, SOFTCAP, SINKS)
+    # codes have OFFSET too much: what a query makes of that
+    total = tl.sum(q.to(tl.float32), 1)
+    q = tl.trans(in_order(q, K_KIND))
+    own = tl.trans(acc)
+    acc = tl.zeros([dv.shape[0], WIDTH], tl.float32)
+    # sums over the keys of a tile, added up at the end
+    masses = tl.zeros([BLOCK_T, WIDTH], tl.float32)
+    beside = tl.zeros([BLOCK_T, WIDTH], tl.float32)
+    started = m
+    for begin in range(first, last, BLOCK_T):
+        ok = begin + t < last
+        k_first, k_word = row_at(page, (begin + t) % PAGE, h, K_KIND, HKV, D, PAGE)
+        _, v_word = row_at(page, (begin + t) % PAGE, h, V_KIND, HKV, DV, PAGE)
+        even_first, _ = row_at(even_page, (begin + pair) % PAGE, h, V_KIND, HKV, DV, PAGE)
+        odd_first, _ = row_at(odd_page, (begin + pair + 1) % PAGE, h, V_KIND, HKV, DV, PAGE)
+        k = load_codes(k_words, k_first, ok, K_KIND, D, KW)
+        k_scale, k_offset = scale_and_offset(tl.load(k_words + k_word, mask=ok, other=0))
+        even = load_codes(v_words, even_first, begin + pair < last, V_KIND, DV, VW)
+        odd = load_codes(v_words, odd_first, begin + pair + 1 < last, V_KIND, DV, VW)
+        v_scale, v_offset = scale_and_offset(tl.load(v_words + v_word, mask=ok, other=0))
+        after = begin + BLOCK_T
+        # rows of the tile after: the loads of a tile then wait for no table
+        page = tl.load(table + (after + t) // PAGE, mask=after + t < last, other=0)
+        even_page = tl.load(table + (after + pair) // PAGE, mask=after + pair < last, other=0)
+        if APART:
+            odd_page = tl.load(table + (after + pair + 1) // PAGE, mask=after + pair + 1 < last, other=0)
+        else:
+            odd_page = even_page
+        s = dot(key_operand(k, K_KIND), q, tl.zeros([BLOCK_T, WIDTH], tl.float32))
+        s = s * k_scale[:, None] + (k_offset - offset_of(K_KIND) * k_scale)[:, None] * total[None, :]
+        s = tl.where(ok[:, None], logits(s, SCALE, SOFTCAP), float("-inf"))
+        top = tl.maximum(m, tl.max(s, 0))
+        p = tl.exp2(s - top[None, :])
+        shrink = tl.exp2(m - top)
+        m = top
+        scaled = (p * v_scale[:, None]).to(tl.bfloat16)
+        masses = masses * shrink[None, :] + p
+        beside = beside * shrink[None, :] + p * (v_offset + centre_of(V_KIND) * v_scale)[:, None]
+        acc = dot(value_operand(even, odd, V_KIND), scaled, acc * shrink[None, :])
+    if PDL:
+        _let_next_start(SPLITS > FEW if EARLY else True)
+
+    begun = tl.where(started > float("-inf"), tl.exp2(started - m), 0.0)
+    mass = mass * begun + tl.sum(masses, 0)
+    acc = by_channel(acc, V_KIND) + tl.sum(beside, 0)[None, :] + own * begun[None, :]
+    acc = tl.trans(acc)
+    heads = n * HQ + head
+    if split < parts:
+        if parts == 1:
+            value = turned_back(acc / mass[:, None], dv[None, :], V_ORDER)
+            at = _place(n, heads, dv, HQ, DV, ORDER)
+            tl.store(out + at, value.to(out.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
+        else:
+            _part(partial, lse, m, mass, acc, heads * SPLITS + split, real, DV)
+            if tl.atomic_add(tickets + (n * HKV + h), 1, sem="acq_rel") == parts - 1:
+                value = _combine(partial, lse, n, h, parts, SPLITS, HQ, HKV, DV, BLOCK_S)
+                value = turned_back(value, tl.arange(0, value.shape[1])[None, :], V_ORDER)
+                _store(out, value, n, h, HQ, HKV, DV, ORDER)
+                tl.store(tickets + (n * HKV + h), 0)
+
+
+def grid(shape: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int | str, ...]:
+    """Programs of a launch, as sizes of `codegen.kernel`."""
+    return ("N", shape["HKV"], "SPLITS")
+
+
+def supports(shape: Mapping[str, int], dtype: str, target: Target) -> str | None:
+    """None if this template takes the attention, else the reason why not. `shape`: HQ, HKV, D, DV, PAGE."""
+    if "triton" not in target.features:
+        return "the target has no Triton"
+    return why_no_attention(shape, dtype)
+
+
+def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[str, Any]]:
+    """Constants worth trying, the default first. `shape` as for `supports`, N the tokens."""
+    heads = max(8, triton.next_power_of_2(shape["HQ"] // shape["HKV"]))
+    wide = max(64, triton.next_power_of_2(max(shape["D"], shape["DV"])))
+    tried = [(32, 1, 3), (32, 1, 2), (32, 1, 4), (64, 1, 3), (64, 1, 2)] if heads * wide <= 2048 else [(32, 4, 2)]
+    return [
+        {"BLOCK_T": block, "LEAST": max(1, 64 // block), "EARLY": early,
+         "BLOCK_S": max(1, min(16, 2048 * warps // (heads * wide))), "num_warps": warps, "num_stages": stages}
+        for early in (0, 1) for block, warps, stages in tried
+    ]  # fmt: skip

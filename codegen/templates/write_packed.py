@@ -1,0 +1,88 @@
+"""Queries, keys and values of a step's tokens made ready for packed pages, in one launch: what stands before attention
+(norms, RoPE) is computed by hooks, keys and values are rotated, rounded and stored, queries rotated as keys are.
+
+`prefill_attention` reads the pages then; torch's attention of whole prompts reads k_out and v_out, which hold what the
+pages do, so that the same tokens get the same result by either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from llmopt.codegen.templates.packed import numbers, rotated, rounded, store_row, turned_back
+from llmopt.compiler.emittable import why_no_attention
+from llmopt.compiler.target import Target
+
+
+@triton.jit
+def _write(
+    pages, out, x, d, slot, n, h, KIND: tl.constexpr, ORDER: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+    PAGE: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    # x [1, DP] into its slot, and what its codes stand for into row n of out; BACK: not rotated any more
+    ok = d < D
+    if KIND == "":
+        row = ((slot // PAGE) * HKV + h) * PAGE + slot % PAGE
+        tl.store(pages + row * D + d, x, mask=ok)
+        value = x
+    else:
+        x = x.to(tl.bfloat16).to(tl.float32)
+        codes, scale, offset = rounded(rotated(x, d, ORDER, False), d, KIND, D)
+        store_row(pages, slot, h, codes, scale, offset, True, KIND, HKV, D, PAGE)
+        value = numbers(codes, scale, offset, KIND)
+        if BACK:
+            value = turned_back(value, d, ORDER)
+    if out is not None:
+        tl.store(out + (n * HKV + h) * D + d, value, mask=ok)
+
+
+@triton.jit
+def write_packed(
+    q_out, k_out, v_out, k_pages, v_pages, slots, e0, e1, e2, e3, e4, e5, HQ: tl.constexpr, HKV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr,
+    LOAD_V: tl.constexpr, K_KIND: tl.constexpr, K_ORDER: tl.constexpr, V_KIND: tl.constexpr, V_ORDER: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Token n = program_id(0), key/value head h = program_id(1): q_out [N, HQ, D], rotated with blocks of K_ORDER;
+    k_out [N, HKV, D] and v_out [N, HKV, DV] or None, the keys still rotated; pages as `decode_packed` reads them, or
+    plain where the kind is "". Grid (N, HKV).
+    """
+    G: tl.constexpr = HQ // HKV
+    n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d = tl.arange(0, max(16, triton.next_power_of_2(D)))[None, :]
+    dv = tl.arange(0, max(16, triton.next_power_of_2(DV)))[None, :]
+    g = tl.arange(0, triton.next_power_of_2(G))
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    slot = tl.load(slots + n)
+    one = tl.zeros([1, 1], tl.int32)
+    _write(k_pages, k_out, LOAD_K(n, h, one + d, d < D, e0, e1, e2, e3, e4, e5), d, slot, n, h, K_KIND, K_ORDER, HKV, D,
+           PAGE, False)  # fmt: skip
+    _write(v_pages, v_out, LOAD_V(n, h, one + dv, dv < DV, e0, e1, e2, e3, e4, e5), dv, slot, n, h, V_KIND, V_ORDER,
+           HKV, DV, PAGE, True)  # fmt: skip
+    head = (h * G + g)[:, None]
+    ok = (g < G)[:, None] & (d < D)
+    q = LOAD_Q(n, head, d, ok, e0, e1, e2, e3, e4, e5)
+    if K_ORDER > 1:
+        q = rotated(q.to(tl.bfloat16).to(tl.float32), d, K_ORDER, True)
+    tl.store(q_out + (n * HQ + head) * D + d, q, mask=ok)
+
+
+def grid(shape: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int | str, ...]:
+    """Programs of a launch, as sizes of `codegen.kernel`."""
+    return ("N", shape["HKV"])
+
+
+def supports(shape: Mapping[str, int], dtype: str, target: Target) -> str | None:
+    """None if this template takes the attention, else the reason why not. `shape`: HQ, HKV, D, DV, PAGE."""
+    return "the target has no Triton" if "triton" not in target.features else why_no_attention(shape, dtype)
+
+
+def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[str, Any]]:
+    """Constants worth trying, the default first: a token's head is little work."""
+    return [{"num_warps": warps, "num_stages": 1} for warps in (1, 2, 4)]

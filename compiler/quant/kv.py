@@ -1,0 +1,213 @@
+"""Keys and values in few bits: how a head's vector of one token is rotated, rounded and laid out in the KV cache.
+
+    x [D] --signs, Hadamard blocks--> y --one scale (and offset) for the vector--> codes --> bytes of a row
+
+Rotations are block-diagonal Sylvester-Hadamard matrices behind fixed random signs ("BDR"; Zhou et al., 2026: SAW-INT4,
+arXiv 2604.19157, and Ashkboos et al., 2024: QuaRot). The signs keep a vector of nearly equal numbers from becoming one
+large one. Queries get the same rotation, so scores stay what they were; results of rotated values are turned back.
+The powers of two that normalise are shared out so that none is rounded: 2^-floor(log2(h)/2) here, the rest there.
+
+Everything is elementwise fp32 arithmetic in a fixed order, divisions and roundings to nearest: kernels do the same and
+get the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from math import log2
+
+import torch
+from torch import Tensor
+
+from llmopt.compiler.errors import InputError
+from llmopt.compiler.quant.elements import ELEMENTS
+
+KINDS = {"int4": 4, "int8": 8, "fp8": 8, "nvfp4": 4}  # bits of a code
+WORD = 4  # bytes behind a row's codes: its scale and offset, both bfloat16
+GROUP = 16  # channels that share one of nvfp4's scales
+TINY = 2.0**-100  # the least scale: a constant vector's
+_TEXT = re.compile(r"(int4|int8|fp8|nvfp4)(?:-h([0-9]+))?")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A format of keys or values: `kind`, and the order of the Hadamard blocks that precede it (1: none).
+
+    int4, int8: code * scale + offset, from the vector's least and largest element (token-wise, asymmetric). fp8 (E4M3):
+    code * scale, the largest element becoming 448. nvfp4: E2M1 codes, an E4M3 scale for 16 channels, times the scale of
+    the vector. Written `int4-h128`.
+    """
+
+    kind: str
+    order: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or self.order < 1 or self.order & (self.order - 1):
+            raise InputError(
+                f"no packing of keys and values is {self.kind!r} with blocks of {self.order}; wanted one of "
+                f"{', '.join(KINDS)} and a power of two"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Packing:
+        """From `int4` or `int4-h128`; raises InputError."""
+        found = _TEXT.fullmatch(text)
+        if found is None:
+            raise InputError(f"no packing of keys and values is called {text!r}; wanted such as int4, int4-h128 or fp8")
+        return cls(found[1], int(found[2] or 1))
+
+    def __str__(self) -> str:
+        return self.kind if self.order == 1 else f"{self.kind}-h{self.order}"
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return KINDS[self.kind]
+
+    def code_bytes(self, channels: int) -> int:
+        """Bytes of a row's codes."""
+        return channels * self.bits // 8
+
+    def row_bytes(self, channels: int) -> int:
+        """Bytes that a head's vector of `channels` elements takes. Raises InputError where it cannot be cut so."""
+        least = GROUP if self.kind == "nvfp4" else 8
+        if channels % least or channels % self.order:
+            raise InputError(
+                f"heads of {channels} channels cannot be packed as {self}: wanted a multiple of {least} and of "
+                f"{self.order}, the order of the rotation"
+            )
+        return self.code_bytes(channels) + WORD + (channels // GROUP if self.kind == "nvfp4" else 0)
+
+    def channels(self, row_bytes: int) -> int:
+        """The inverse of `row_bytes`."""
+        if self.kind == "nvfp4":
+            return (row_bytes - WORD) * 16 // 9
+        return (row_bytes - WORD) * 8 // self.bits
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """x [..., D] as it is rounded: fp32, signs and Hadamard blocks, scaled by a power of two."""
+        return self._turned(x.float() * self._signs(x), int(log2(self.order)) // 2)
+
+    def asked(self, q: Tensor) -> Tensor:
+        """Queries [..., D] against rotated keys: fp32, so that products are those of q and the keys as they were."""
+        return self._turned(q.float() * self._signs(q), (int(log2(self.order)) + 1) // 2)
+
+    def turned_back(self, y: Tensor) -> Tensor:
+        """The inverse of `rotated`, fp32."""
+        return self._turned(y.float(), (int(log2(self.order)) + 1) // 2) * self._signs(y)
+
+    def _turned(self, x: Tensor, halvings: int) -> Tensor:
+        return hadamard_blocks(x, self.order) * 0.5**halvings
+
+    def _signs(self, like: Tensor) -> Tensor:
+        signs = signs_of(like.shape[-1]) if self.order > 1 else (1,)
+        return torch.tensor(signs, dtype=torch.float32, device=like.device)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Rows uint8 [..., row_bytes] of x [..., D], which is rotated first. A vector that is not finite gets a scale
+        or an offset that is none either."""
+        return self._packed(self.rotated(x))
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """The vectors (fp32 [..., D], still rotated) of rows uint8 [..., row_bytes]."""
+        channels = self.channels(rows.shape[-1])
+        codes, word, steps = rows.split(
+            [self.code_bytes(channels), WORD, rows.shape[-1] - self.code_bytes(channels) - WORD], -1
+        )
+        scale, offset = word.contiguous().view(torch.bfloat16).float().unbind(-1)
+        code = _spread(codes, self.bits)
+        if self.kind in ("int4", "int8"):
+            return code.float() * scale[..., None] + offset[..., None]
+        if self.kind == "fp8":
+            return ELEMENTS["e4m3"].decode(code) * scale[..., None]
+        unit = ELEMENTS["e4m3"].decode(steps) * scale[..., None]
+        return (ELEMENTS["e2m1"].decode(code).unflatten(-1, (-1, GROUP)) * unit[..., None]).flatten(-2)
+
+    def _packed(self, y: Tensor) -> Tensor:
+        least, most = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
+        offset, steps = torch.zeros_like(least), None
+        if self.kind in ("int4", "int8"):
+            levels = 2.0**self.bits - 1
+            offset = _bf16(least)
+            scale = _floored((most - offset) / levels)
+            code = ((y - offset) / scale).clamp(0, levels).round()
+        elif self.kind == "fp8":
+            scale = _floored(torch.maximum(most, -least) / 448.0)
+            code = ELEMENTS["e4m3"].encode(y / scale)
+        else:
+            scale = _floored(torch.maximum(most, -least) / (448.0 * 6.0))
+            grouped = y.unflatten(-1, (-1, GROUP))
+            wanted = (grouped.abs().amax(-1) / 6.0 / scale).clamp(min=2.0**-9)
+            steps = ELEMENTS["e4m3"].encode(wanted)
+            code = ELEMENTS["e2m1"].encode(grouped / (ELEMENTS["e4m3"].decode(steps) * scale)[..., None]).flatten(-2)
+        word = torch.cat((scale, offset), -1).bfloat16().view(torch.uint8)
+        parts = [_joined(code.to(torch.uint8), self.bits), word, *([] if steps is None else [steps])]
+        return torch.cat(parts, -1)
+
+
+def hadamard_blocks(x: Tensor, order: int) -> Tensor:
+    """x [..., D] times Sylvester's matrix, not normalised, over blocks of `order` elements: sums and differences of
+    neighbours, then of those two apart, and so on, in that order."""
+    apart = 1
+    while apart < order:
+        a, b = x.unflatten(-1, (-1, 2, apart)).unbind(-2)
+        x = torch.stack((a + b, a - b), -2).flatten(-3)
+        apart *= 2
+    return x
+
+
+def pages_of(pages: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+    """(codes [P, H, page, code bytes], what follows [P, H, page, rest]), views of pages uint8 [P, H, page, row bytes].
+
+    Inside a page the codes of all its tokens stand first, so that they are aligned, and then of each token the word
+    and nvfp4's scales.
+    """
+    count, heads, page, row = pages.shape
+    first = packing.code_bytes(packing.channels(row))
+    flat = pages.view(count, heads, page * row)
+    codes = flat[..., : page * first].view(count, heads, page, first)
+    return codes, flat[..., page * first :].view(count, heads, page, row - first)
+
+
+@functools.cache
+def signs_of(channels: int) -> tuple[int, ...]:
+    """1 or -1 for each channel: the highest bit of a hash of its number, which kernels compute as well."""
+    found = []
+    for channel in range(channels):
+        bits = (channel + 1) * 0x9E3779B1 & 0xFFFFFFFF
+        bits = (bits ^ bits >> 15) * 0x85EBCA77 & 0xFFFFFFFF
+        found.append(1 - 2 * (bits >> 31))
+    return tuple(found)
+
+
+def _bf16(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
+
+
+def _floored(scale: Tensor) -> Tensor:
+    # by comparison, which leaves NaN what it is
+    rounded = _bf16(scale)
+    return torch.where(rounded < TINY, TINY, rounded)
+
+
+def _order(bits: int, device: torch.device) -> Tensor:
+    """Of the codes in a word of 32 bits, lowest bits first: which of its channels. Neighbours stand 16 bits apart, so
+    that one mask takes two out."""
+    count = 32 // bits
+    at = torch.arange(count, device=device)
+    return 2 * (at % (count // 2)) + at // (count // 2)
+
+
+def _joined(codes: Tensor, bits: int) -> Tensor:
+    placed = codes.unflatten(-1, (-1, 32 // bits))[..., _order(bits, codes.device)].flatten(-2)
+    if bits == 8:
+        return placed
+    low, high = placed.unflatten(-1, (-1, 2)).unbind(-1)
+    return low | high << 4
+
+
+def _spread(bytes_: Tensor, bits: int) -> Tensor:
+    codes = bytes_ if bits == 8 else torch.stack((bytes_ & 15, bytes_ >> 4), -1).flatten(-2)
+    return codes.unflatten(-1, (-1, 32 // bits))[..., _order(bits, codes.device).argsort()].flatten(-2)

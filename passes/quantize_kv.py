@@ -1,0 +1,105 @@
+"""quantize-kv: keys and values in few bits in the paged cache, rotated on the way in. Approximate.
+
+    k_0 = kv_write(k_pages_0, k, slots)                =>    k_0 = kv_write(k_pages_0, k, slots, "int4-h128")
+    v_0 = kv_write(v_pages_0, v, slots)                      v_0 = kv_write(v_pages_0, v, slots, "int4")
+    o = attend(q, k_0, v_0, ..., scale, 0, 0.0)              o = attend(q, k_0, v_0, ..., "int4-h128", "int4")
+
+Keys are rotated behind RoPE, in blocks of `order` channels; queries with them, and results of rotated values are turned
+back, all inside `attend`. `compiler.quant.kv` says how a vector becomes bytes. The state's shapes change, nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from llmopt.compiler.errors import InputError, RecipeError
+from llmopt.compiler.graph import Graph, origin, where
+from llmopt.compiler.pipeline import Approx, Context, Pass, PassStats
+from llmopt.compiler.program import Program, StateSpec
+from llmopt.compiler.quant.kv import KINDS, Packing
+
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class QuantizeKV(Pass):
+    """Which packing keys and values have (`int4`, `int8`, `fp8`, `nvfp4`, or `none`: as they are), and who is rotated.
+
+    `order`: of the Hadamard blocks, a power of two; 0: the largest that divides a head's channels, 1: no rotation.
+    `rotate`: "k", "kv", "v" or "none". `skip`: numbers of attentions, from 0, whose cache stays as it is.
+    """
+
+    name: ClassVar[str] = "quantize-kv"
+    requires: ClassVar[frozenset[str]] = frozenset({"cached"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"packed"})
+    meaning: ClassVar[Approx] = Approx("keys and values are rounded to a low-bit format")
+
+    keys: str = "int4"
+    values: str = "int4"
+    order: int = 0
+    rotate: str = "k"
+    skip: tuple[int, ...] = ()
+
+    def run(self, program: Program, context: Context) -> PassStats:
+        """Rewrite the attentions of `step`. Raises RecipeError (options), InputError (heads that cannot be cut so)."""
+        self._check()
+        stats, step = PassStats(), program.graph("step")
+        attends = list(step.calls("attend"))
+        if beyond := [n for n in self.skip if not 0 <= n < len(attends)]:
+            raise RecipeError(
+                f"pass 'quantize-kv': skip has {beyond[0]}; the model's attentions are numbered 0 to {len(attends) - 1}"
+            )
+        specs = {spec.name: spec for spec in program.state}
+        before = sum(spec.bytes_per_page for spec in specs.values())
+        for number, node in enumerate(attends):
+            if number in self.skip:
+                stats.rejected["quantize-kv", "skip names it"] += 1
+            elif context.rewrites_left != 0:
+                self._rewrite(step, node, specs)
+                stats.record(self.name, node.name, origin(node).source)
+                context.spend(1)
+        program.state = tuple(specs.values())
+        page = context.recipe.page_size
+        after = sum(spec.bytes_per_page for spec in specs.values())
+        told = f"{before // page} -> {after // page} bytes a token, {before / after:.2f} times less"
+        stats.notes.append(f"KV cache: {told}")
+        return stats
+
+    def _check(self) -> None:
+        for option, seen in (("keys", self.keys), ("values", self.values)):
+            if seen not in (*KINDS, NONE):
+                raise RecipeError(
+                    f"pass 'quantize-kv': {option} is {seen!r}; wanted one of {', '.join((*KINDS, NONE))}"
+                )
+        if self.rotate not in ("k", "v", "kv", NONE):
+            raise RecipeError(f"pass 'quantize-kv': rotate is {self.rotate!r}; wanted k, v, kv or none")
+        if self.order < 0 or self.order & (self.order - 1):
+            raise RecipeError(
+                f"pass 'quantize-kv': order is {self.order}; wanted 0 (the largest there is) or a power of two"
+            )
+
+    def _rewrite(self, step: Graph, node: fx.Node, specs: dict[str, StateSpec]) -> None:
+        packings = []
+        for write, kind, letter in zip(node.args[1:3], (self.keys, self.values), "kv", strict=True):
+            packings.append("" if kind == NONE else self._packed(step, write, kind, letter, specs))  # type: ignore[arg-type]
+        node.args = (*node.args[:10], *packings)
+
+    def _packed(self, step: Graph, write: fx.Node, kind: str, letter: str, specs: dict[str, StateSpec]) -> str:
+        pages: fx.Node = write.args[0]  # type: ignore[assignment]
+        spec = specs[pages.name]
+        heads, page, channels = spec.shape
+        order = (self.order or channels & -channels) if letter in self.rotate and self.rotate != NONE else 1
+        packing = Packing(kind, order)
+        try:
+            row = packing.row_bytes(channels)
+        except InputError as error:
+            raise InputError(f"{where(write)}: {error}; set order, or skip this attention") from None
+        specs[spec.name] = StateSpec(spec.name, (heads, page, row), torch.uint8)
+        was = pages.meta["val"]
+        pages.meta["val"] = write.meta["val"] = was.new_empty((*was.shape[:3], row), dtype=torch.uint8)
+        write.args = (*write.args[:3], str(packing))
+        return str(packing)
