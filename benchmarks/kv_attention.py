@@ -30,6 +30,7 @@ from gpu_attention import attempt, flex_paged
 from llmopt.codegen import tuning
 from llmopt.codegen.splits import splits as splits_for
 from llmopt.codegen.templates import decode_packed
+from llmopt.compiler.quant.kv import Packing
 from llmopt.compiler.target import Target
 from llmopt.runtime.gpu_code import decode_shape
 from llmopt.runtime.measure import environment, write_json
@@ -60,14 +61,15 @@ def packing_row(
 ) -> tuple[dict[str, Any], Callable[[], object]]:
     """What one packing's best configuration is and how exact; and its launches. Exits where one is wrong."""
     case = PackedDecode(plain, *packing.split("/"))
-    base = splits_for(plain.batch, LLAMA.HKV, plain.context, target)
-    shape = {**LLAMA.shape, "PAGE": plain.page, "N": int(decode_shape(plain.batch))}
+    base = splits_for(plain.batch, LLAMA.HKV, plain.context, target, packed=True)
+    bits = max(how.bits for how in case.how)
+    shape = {**LLAMA.shape, "PAGE": plain.page, "N": int(decode_shape(plain.batch)), "BITS": bits}
     configs = decode_packed.configs(shape, "bfloat16", target)
     tried: dict[str, float] = {}
     best: tuple[float, Mapping[str, Any], int] = (float("inf"), configs[0], base)
     unlike, worst = 0, 0.0
     for config in configs if whole else configs[:1]:
-        for splits in dict.fromkeys((base, 2 * base, 4 * base) if whole else (base,)):
+        for splits in dict.fromkeys((base, 2 * base, max(1, base // 2)) if whole else (base,)):
             case.out.zero_()
             try:
                 unlike += repeated(case, config, splits)
@@ -130,13 +132,14 @@ def write_case(tokens: int, packings: list[str]) -> dict[str, Any]:
 
 def to_compile(args: argparse.Namespace, target: Target) -> list[Compiled]:
     """All decoding kernels that will be launched."""
-    shape = {**LLAMA.shape, "PAGE": args.page, "N": 1}
-    configs = decode_packed.configs(shape, "bfloat16", target)
-    return [
-        Compiled(LLAMA, args.page, packing, tuple(config.items()))
-        for number, packing in enumerate(args.packings)
-        for config in (configs if number < args.whole else configs[:1])
-    ]
+    found = []
+    for number, packing in enumerate(args.packings):
+        bits = max(Packing.parse(half).bits for half in packing.split("/"))
+        shape = {**LLAMA.shape, "PAGE": args.page, "N": 1, "BITS": bits}
+        configs = decode_packed.configs(shape, "bfloat16", target)
+        some = configs if number < args.whole else configs[:1]
+        found += [Compiled(LLAMA, args.page, packing, tuple(config.items())) for config in some]
+    return found
 
 
 def show(result: Mapping[str, Any]) -> None:

@@ -108,7 +108,8 @@ def _kernel(region: FusedRegion, attend: fx.Node, made: Sequence[fx.Node], token
     heads = attention_shape(attend)
     packed = _packed(attend)
     template = "decode_packed:decode_packed" if packed else "decode_attention:decode_attention"
-    config = config_of(region, template, {**heads, "N": tokens}, dtype_of(attend))
+    bits = {"BITS": max(Packing.parse(p).bits for p in packings_of(attend))} if packed else {}
+    config = config_of(region, template, {**heads, "N": tokens, **bits}, dtype_of(attend))
     arguments: list[Argument] = [
         *paged,
         ("positions", "*i64", region.argument(attend.args[5])),  # type: ignore[arg-type]

@@ -91,7 +91,8 @@ class GpuStep:
         """Parts to split the keys of `length` tokens into; lengths are rounded up, so that few graphs are captured."""
         rounded = max(SHORTEST, 1 << (length - 1).bit_length())
         specs = self.code.program.state
-        return splits(rows, specs[0].shape[0], rounded, self.code.target) if specs else 1
+        packed = any(spec.dtype == torch.uint8 for spec in specs)
+        return splits(rows, specs[0].shape[0], rounded, self.code.target, packed) if specs else 1
 
     def source(self, shape: str) -> str:
         """The flat program of a class, readable."""

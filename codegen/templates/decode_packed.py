@@ -50,17 +50,17 @@ FEW = tl.constexpr(16)
 
 
 @triton.jit
-def _own_row(pages, x, d, slot, h, owner, KIND: tl.constexpr, ORDER: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+def _own_row(pages, x, d, slot, h, KIND: tl.constexpr, ORDER: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
              PAGE: tl.constexpr):  # fmt: skip
     # what the codes of x [1, DP], which go into their slot, stand for
     codes, scale, offset = rounded(rotated(x, d, ORDER, False), d, KIND, D)
-    store_row(pages, slot, h, codes, scale, offset, owner, KIND, HKV, D, PAGE)
+    store_row(pages, slot, h, codes, scale, offset, True, KIND, HKV, D, PAGE)
     return tl.where(d < D, numbers(codes, scale, offset, KIND), 0.0)
 
 
 @triton.jit
-def _begin(q, own_k, own_v, sink, owner, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr):
-    # the softmax that begins with the token's own key [1, DP] and value [1, DVP], or with nothing
+def _begin(q, own_k, own_v, sink, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr):
+    # the softmax that begins with the token's own key [1, DP] and value [1, DVP]
     s = logits(tl.sum(q.to(tl.float32) * own_k, 1), SCALE, SOFTCAP)
     top, share, mass = s, tl.full(s.shape, 1.0, tl.float32), tl.full(s.shape, 1.0, tl.float32)
     if SINKS:
@@ -68,13 +68,11 @@ def _begin(q, own_k, own_v, sink, owner, SCALE: tl.constexpr, SOFTCAP: tl.conste
         top = tl.maximum(s, sink)
         share = tl.exp2(s - top)
         mass = share + tl.exp2(sink - top)
-    share = tl.where(owner, share, 0.0)
-    m = tl.where(owner, top, float("-inf"))
-    return m, tl.where(owner, mass, 0.0), share[:, None] * own_v
+    return top, mass, share[:, None] * own_v
 
 
 @triton.jit(do_not_specialize=["N", "M", "SPLITS"])
-def decode_packed(
+def decode_packed(  # noqa: C901
     k_pages, v_pages, tables, positions, slots, sinks, out, partial, lse, tickets, e0, e1, e2, e3, e4, e5, N, M, SPLITS,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr, LOAD_V: tl.constexpr,
@@ -120,16 +118,20 @@ def decode_packed(
 
     q = LOAD_Q(n, head[:, None], d[None, :], real[:, None] & (d < D)[None, :], e0, e1, e2, e3, e4, e5)
     q = rotated(q.to(tl.bfloat16).to(tl.float32), d[None, :], K_ORDER, True).to(tl.bfloat16)
-    c, cv = tl.zeros([1, 1], tl.int32) + d[None, :], tl.zeros([1, 1], tl.int32) + dv[None, :]
-    own_k = LOAD_K(n, h, c, owner & (c < D), e0, e1, e2, e3, e4, e5).to(tl.bfloat16).to(tl.float32)
-    own_v = LOAD_V(n, h, cv, owner & (cv < DV), e0, e1, e2, e3, e4, e5).to(tl.bfloat16).to(tl.float32)
-    own_k = _own_row(k_pages, own_k, c, slot, h, owner, K_KIND, K_ORDER, HKV, D, PAGE)
-    own_v = _own_row(v_pages, own_v, cv, slot, h, owner, V_KIND, V_ORDER, HKV, DV, PAGE)
-    m, mass, acc = _begin(q, own_k, own_v, sink, owner, SCALE, SOFTCAP, SINKS)
+    m = tl.full([WIDTH], float("-inf"), tl.float32)
+    mass = tl.zeros([WIDTH], tl.float32)
+    own = tl.zeros([WIDTH, dv.shape[0]], tl.float32)
+    if owner:  # a branch, since the others need nothing of it
+        c, cv = tl.zeros([1, 1], tl.int32) + d[None, :], tl.zeros([1, 1], tl.int32) + dv[None, :]
+        k = LOAD_K(n, h, c, c < D, e0, e1, e2, e3, e4, e5).to(tl.bfloat16).to(tl.float32)
+        v = LOAD_V(n, h, cv, cv < DV, e0, e1, e2, e3, e4, e5).to(tl.bfloat16).to(tl.float32)
+        k = _own_row(k_pages, k, c, slot, h, K_KIND, K_ORDER, HKV, D, PAGE)
+        v = _own_row(v_pages, v, cv, slot, h, V_KIND, V_ORDER, HKV, DV, PAGE)
+        m, mass, own = _begin(q, k, v, sink, SCALE, SOFTCAP, SINKS)
     # codes have OFFSET too much: what a query makes of that
     total = tl.sum(q.to(tl.float32), 1)
     q = tl.trans(in_order(q, K_KIND))
-    own = tl.trans(acc)
+    own = tl.trans(own)
     acc = tl.zeros([dv.shape[0], WIDTH], tl.float32)
     # sums over the keys of a tile, added up at the end
     masses = tl.zeros([BLOCK_T, WIDTH], tl.float32)
@@ -200,12 +202,14 @@ def supports(shape: Mapping[str, int], dtype: str, target: Target) -> str | None
 
 
 def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[str, Any]]:
-    """Constants worth trying, the default first. `shape` as for `supports`, N the tokens."""
-    heads = max(8, triton.next_power_of_2(shape["HQ"] // shape["HKV"]))
+    """Constants worth trying, the default first. `shape` as for `supports`, N the tokens, BITS of the widest codes."""
+    heads = triton.next_power_of_2(shape["HQ"] // shape["HKV"])
     wide = max(64, triton.next_power_of_2(max(shape["D"], shape["DV"])))
-    tried = [(32, 1, 3), (32, 1, 2), (32, 1, 4), (64, 1, 3), (64, 1, 2)] if heads * wide <= 2048 else [(32, 4, 2)]
+    few = max(8, heads) * wide <= 2048
+    tried = [(64, 1, 2), (64, 1, 3)] if few and shape["BITS"] == 4 else []
+    tried += [(32, 1, 3), (32, 1, 2), (32, 1, 4)] if few else [(32, 4, 2)]
     return [
         {"BLOCK_T": block, "LEAST": max(1, 64 // block), "EARLY": early,
-         "BLOCK_S": max(1, min(16, 2048 * warps // (heads * wide))), "num_warps": warps, "num_stages": stages}
+         "BLOCK_S": max(1, min(16, 4096 * warps // (heads * wide))), "num_warps": warps, "num_stages": stages}
         for early in (0, 1) for block, warps, stages in tried
     ]  # fmt: skip

@@ -47,9 +47,9 @@ def write_packed(
     LOAD_V: tl.constexpr, K_KIND: tl.constexpr, K_ORDER: tl.constexpr, V_KIND: tl.constexpr, V_ORDER: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Token n = program_id(0), key/value head h = program_id(1): q_out [N, HQ, D], rotated with blocks of K_ORDER;
-    k_out [N, HKV, D] and v_out [N, HKV, DV] or None, the keys still rotated; pages as `decode_packed` reads them, or
-    plain where the kind is "". Grid (N, HKV).
+    """Token n = program_id(0), key/value head h = program_id(1), program_id(2) for keys, values, queries: q_out
+    [N, HQ, D], rotated with blocks of K_ORDER; k_out [N, HKV, D] and v_out [N, HKV, DV] or None, the keys still
+    rotated; pages as `decode_packed` reads them, or plain where the kind is "". Grid (N, HKV, 3).
     """
     G: tl.constexpr = HQ // HKV
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -61,21 +61,24 @@ def write_packed(
         tl.extra.cuda.gdc_launch_dependents()
     slot = tl.load(slots + n)
     one = tl.zeros([1, 1], tl.int32)
-    _write(k_pages, k_out, LOAD_K(n, h, one + d, d < D, e0, e1, e2, e3, e4, e5), d, slot, n, h, K_KIND, K_ORDER, HKV, D,
-           PAGE, False)  # fmt: skip
-    _write(v_pages, v_out, LOAD_V(n, h, one + dv, dv < DV, e0, e1, e2, e3, e4, e5), dv, slot, n, h, V_KIND, V_ORDER,
-           HKV, DV, PAGE, True)  # fmt: skip
-    head = (h * G + g)[:, None]
-    ok = (g < G)[:, None] & (d < D)
-    q = LOAD_Q(n, head, d, ok, e0, e1, e2, e3, e4, e5)
-    if K_ORDER > 1:
-        q = rotated(q.to(tl.bfloat16).to(tl.float32), d, K_ORDER, True)
-    tl.store(q_out + (n * HQ + head) * D + d, q, mask=ok)
+    if tl.program_id(2) == 0:
+        k = LOAD_K(n, h, one + d, d < D, e0, e1, e2, e3, e4, e5)
+        _write(k_pages, k_out, k, d, slot, n, h, K_KIND, K_ORDER, HKV, D, PAGE, False)
+    elif tl.program_id(2) == 1:
+        v = LOAD_V(n, h, one + dv, dv < DV, e0, e1, e2, e3, e4, e5)
+        _write(v_pages, v_out, v, dv, slot, n, h, V_KIND, V_ORDER, HKV, DV, PAGE, True)
+    else:
+        head = (h * G + g)[:, None]
+        ok = (g < G)[:, None] & (d < D)
+        q = LOAD_Q(n, head, d, ok, e0, e1, e2, e3, e4, e5)
+        if K_ORDER > 1:
+            q = rotated(q.to(tl.bfloat16).to(tl.float32), d, K_ORDER, True)
+        tl.store(q_out + (n * HQ + head) * D + d, q, mask=ok)
 
 
 def grid(shape: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int | str, ...]:
     """Programs of a launch, as sizes of `codegen.kernel`."""
-    return ("N", shape["HKV"])
+    return ("N", shape["HKV"], 3)
 
 
 def supports(shape: Mapping[str, int], dtype: str, target: Target) -> str | None:

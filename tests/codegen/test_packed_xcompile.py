@@ -63,7 +63,7 @@ def prompts(config: dict[str, Any], packing: tuple[Any, ...]) -> Kernel:
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 def test_every_isa(isa: str, packing: tuple[Any, ...]) -> None:
     target = Target.parse(f"cuda:{isa}")
-    shape = {**SHAPE, "N": 1}
+    shape = {**SHAPE, "N": 1, "BITS": 4 if packing[0] == "int4" else 8}
     first = decode_packed.configs(shape, "bfloat16", target)[0]
     made = [decoding(target, first, packing), writing(target, packing)]
     made.append(prompts(prefill_attention.configs({**SHAPE, "PACKED": 1}, "bfloat16", target)[0], packing))
@@ -75,7 +75,7 @@ def test_every_isa(isa: str, packing: tuple[Any, ...]) -> None:
 def test_a_tile_reaches_the_tensor_cores_without_moving_between_lanes() -> None:
     """Two bits of arithmetic a code: with the softmax at most 30 instructions a key of 256 codes and warp."""
     target = Target.parse("cuda:sm_90")
-    for config in decode_packed.configs({**SHAPE, "N": 1}, "bfloat16", target)[:5]:
+    for config in decode_packed.configs({**SHAPE, "N": 1, "BITS": 4}, "bfloat16", target)[:5]:
         made = cubin.compile_kernel(decoding(target, config, PACKINGS[0]), target)
         counted = names(loop(machine_code(made.data)))
         assert made.spills == 0, config
@@ -86,6 +86,6 @@ def test_a_tile_reaches_the_tensor_cores_without_moving_between_lanes() -> None:
 
 def test_codes_come_by_copies_of_16_bytes() -> None:
     target = Target.parse("cuda:sm_90")
-    config = decode_packed.configs({**SHAPE, "N": 1}, "bfloat16", target)[0]
+    config = decode_packed.configs({**SHAPE, "N": 1, "BITS": 4}, "bfloat16", target)[0]
     text = "\n".join(machine_code(cubin.compile_kernel(decoding(target, config, PACKINGS[0]), target).data))
     assert len(re.findall(r"LDGSTS\.E\.(?:\w+\.)*128", text)) >= 8
