@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from _attention_cases import Decode, Heads, constants, hooks
+from _gemm_cases import H200
 from torch import Tensor
 
 from llmopt.codegen.templates import decode_packed, write_packed
@@ -76,12 +77,25 @@ class PackedDecode:
     def write(self, plain: bool) -> None:
         """The tokens' queries, keys and values prepared and stored: packed, or as they are."""
         case, heads = self.plain, self.plain.heads
-        made = constants(heads, case.page, {"num_warps": 1, "num_stages": 1})
+        config = write_packed.configs({**heads.shape, "PAGE": case.page}, "bfloat16", H200)[0]
+        made = constants(heads, case.page, config)
         left = {name: made[name] for name in made if name not in ("SCALE", "WINDOW", "SOFTCAP", "ORDER")}
         how = {"K_KIND": "", "K_ORDER": 1, "V_KIND": "", "V_ORDER": 1} if plain else kinds(*self.how)
         pages = (case.k[0], case.v[0]) if plain else (self.k, self.v)
-        write_packed.write_packed[(case.batch, heads.HKV, 3)](
-            self.out, None, None, *pages, case.slots, case.qkv, case.cos, case.sin, *case.norms, None, **left, **how
+        write_packed.write_packed[(-(-case.batch // config["TOKENS"]), heads.HKV, 3)](
+            self.out,
+            None,
+            None,
+            *pages,
+            case.slots,
+            case.qkv,
+            case.cos,
+            case.sin,
+            *case.norms,
+            None,
+            case.batch,
+            **left,
+            **how,
         )
 
     def stored(self) -> float:

@@ -38,6 +38,7 @@ from llmopt.codegen.templates.packed import (
     row_at,
     row_width,
     scale_and_offset,
+    stages,
     store_row,
     turned_back,
     value_operand,
@@ -56,6 +57,14 @@ def _own_row(pages, x, d, slot, h, KIND: tl.constexpr, ORDER: tl.constexpr, HKV:
     codes, scale, offset = rounded(rotated(x, d, ORDER, False), d, KIND, D)
     store_row(pages, slot, h, codes, scale, offset, True, KIND, HKV, D, PAGE)
     return tl.where(d < D, numbers(codes, scale, offset, KIND), 0.0)
+
+
+@triton.jit
+def _padded(x, ROWS: tl.constexpr):
+    # x [R, D] with rows of zeros behind it
+    for _ in tl.static_range(stages(ROWS // x.shape[0])):
+        x = tl.reshape(tl.permute(tl.join(x, x * 0), 2, 0, 1), [2 * x.shape[0], x.shape[1]])
+    return x
 
 
 @triton.jit
@@ -116,8 +125,9 @@ def decode_packed(  # noqa: C901
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    q = LOAD_Q(n, head[:, None], d[None, :], real[:, None] & (d < D)[None, :], e0, e1, e2, e3, e4, e5)
-    q = rotated(q.to(tl.bfloat16).to(tl.float32), d[None, :], K_ORDER, True).to(tl.bfloat16)
+    few = tl.arange(0, triton.next_power_of_2(G))[:, None]  # heads that pad the group are not rotated
+    q = LOAD_Q(n, h * G + few, d[None, :], (few < G) & (d < D)[None, :], e0, e1, e2, e3, e4, e5)
+    q = _padded(rotated(q.to(tl.bfloat16).to(tl.float32), d[None, :], K_ORDER, True).to(tl.bfloat16), WIDTH)
     m = tl.full([WIDTH], float("-inf"), tl.float32)
     mass = tl.zeros([WIDTH], tl.float32)
     own = tl.zeros([WIDTH, dv.shape[0]], tl.float32)

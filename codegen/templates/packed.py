@@ -101,7 +101,7 @@ def halvings(order, of_queries):
 
 @triton.constexpr_function
 def stages(order):
-    """Sums and differences that make up a block's product."""
+    """Of sums and differences that make up the product with a block of `order`: log2 of it."""
     return order.bit_length() - 1
 
 

@@ -192,22 +192,15 @@ def _floored(scale: Tensor) -> Tensor:
     return torch.where(rounded < TINY, TINY, rounded)
 
 
-def _order(bits: int, device: torch.device) -> Tensor:
-    """Of the codes in a word of 32 bits, lowest bits first: which of its channels. Neighbours stand 16 bits apart, so
-    that one mask takes two out."""
-    count = 32 // bits
-    at = torch.arange(count, device=device)
-    return 2 * (at % (count // 2)) + at // (count // 2)
-
-
 def _joined(codes: Tensor, bits: int) -> Tensor:
-    placed = codes.unflatten(-1, (-1, 32 // bits))[..., _order(bits, codes.device)].flatten(-2)
+    """Bytes of codes: neighbours stand 16 bits apart in a word of 32, so that kernels take two out by one mask."""
     if bits == 8:
-        return placed
-    low, high = placed.unflatten(-1, (-1, 2)).unbind(-1)
-    return low | high << 4
+        return codes.unflatten(-1, (-1, 2, 2)).transpose(-1, -2).flatten(-3)
+    low, high = codes.unflatten(-1, (-1, 2, 2, 2)).unbind(-2)  # word, half of its channels, pair, which of it
+    return (low | high << 4).transpose(-1, -2).flatten(-3)
 
 
 def _spread(bytes_: Tensor, bits: int) -> Tensor:
-    codes = bytes_ if bits == 8 else torch.stack((bytes_ & 15, bytes_ >> 4), -1).flatten(-2)
-    return codes.unflatten(-1, (-1, 32 // bits))[..., _order(bits, codes.device).argsort()].flatten(-2)
+    """The inverse of `_joined`."""
+    halves = bytes_.unflatten(-1, (-1, 2, 2)).transpose(-1, -2)
+    return halves.flatten(-3) if bits == 8 else torch.stack((halves & 15, halves >> 4), -2).flatten(-4)

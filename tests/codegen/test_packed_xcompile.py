@@ -18,7 +18,7 @@ pytestmark = pytest.mark.xcompile
 
 LOADS = (("LOAD_Q", "load_q"), ("LOAD_K", "load_k"), ("LOAD_V", "load_v"))
 SETTINGS = {"SCALE": 0.125, "WINDOW": 0, "SOFTCAP": 0.0}
-PACKINGS = (("int4", 128, "int4", 1), ("int4", 16, "int4", 64), ("int8", 1, "int8", 1), ("fp8", 1, "fp8", 1))
+PACKINGS = (("int4", 128, "int4", 64), ("int8", 1, "fp8", 1))
 
 
 def kernel(
@@ -47,7 +47,7 @@ def decoding(target: Target, config: dict[str, Any], packing: tuple[Any, ...], *
 
 def writing(target: Target, packing: tuple[Any, ...]) -> Kernel:
     types = {"q_out": "*bf16", "k_out": "*bf16", "v_out": "*bf16", "k_pages": "*u8", "v_pages": "*u8", "slots": "*i64"}
-    types |= {"e0": "*bf16", "e1": "*bf16", "e2": "*bf16"}
+    types |= {"e0": "*bf16", "e1": "*bf16", "e2": "*bf16", "N": "i32"}
     config = write_packed.configs(SHAPE, "bfloat16", target)[0]
     return kernel(
         "write_packed", types, config, packing, PDL="pdl" in target.features, **dict.fromkeys(("e3", "e4", "e5"))
@@ -65,8 +65,10 @@ def test_every_isa(isa: str, packing: tuple[Any, ...]) -> None:
     target = Target.parse(f"cuda:{isa}")
     shape = {**SHAPE, "N": 1, "BITS": 4 if packing[0] == "int4" else 8}
     first = decode_packed.configs(shape, "bfloat16", target)[0]
-    made = [decoding(target, first, packing), writing(target, packing)]
-    made.append(prompts(prefill_attention.configs({**SHAPE, "PACKED": 1}, "bfloat16", target)[0], packing))
+    made = [decoding(target, first, packing)]
+    if isa in ("sm_80", "sm_90"):
+        made.append(writing(target, packing))
+        made.append(prompts(prefill_attention.configs({**SHAPE, "PACKED": 1}, "bfloat16", target)[0], packing))
     for one in made:
         found = cubin.compile_kernel(one, target)
         assert found.spills <= (8 if isa == "sm_80" else 0), one.template  # there two registers of what runs once
@@ -75,7 +77,7 @@ def test_every_isa(isa: str, packing: tuple[Any, ...]) -> None:
 def test_a_tile_reaches_the_tensor_cores_without_moving_between_lanes() -> None:
     """Two bits of arithmetic a code: with the softmax at most 30 instructions a key of 256 codes and warp."""
     target = Target.parse("cuda:sm_90")
-    for config in decode_packed.configs({**SHAPE, "N": 1, "BITS": 4}, "bfloat16", target)[:5]:
+    for config in decode_packed.configs({**SHAPE, "N": 1, "BITS": 4}, "bfloat16", target)[:3]:
         made = cubin.compile_kernel(decoding(target, config, PACKINGS[0]), target)
         counted = names(loop(machine_code(made.data)))
         assert made.spills == 0, config
