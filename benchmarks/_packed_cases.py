@@ -82,20 +82,8 @@ class PackedDecode:
         left = {name: made[name] for name in made if name not in ("SCALE", "WINDOW", "SOFTCAP", "ORDER")}
         how = {"K_KIND": "", "K_ORDER": 1, "V_KIND": "", "V_ORDER": 1} if plain else kinds(*self.how)
         pages = (case.k[0], case.v[0]) if plain else (self.k, self.v)
-        write_packed.write_packed[(-(-case.batch // config["TOKENS"]), heads.HKV, 3)](
-            self.out,
-            None,
-            None,
-            *pages,
-            case.slots,
-            case.qkv,
-            case.cos,
-            case.sin,
-            *case.norms,
-            None,
-            case.batch,
-            **left,
-            **how,
+        write_packed.write_packed[(case.batch, heads.HKV)](
+            self.out, None, None, *pages, case.slots, case.qkv, case.cos, case.sin, *case.norms, None, **left, **how
         )
 
     def stored(self) -> float:

@@ -202,7 +202,7 @@ def _writing(
         (f"{letter}_pages", type_of(n), region.argument(n.args[0]))  # type: ignore[arg-type]
         for letter, n in zip("kv", writes, strict=True)
     ]
-    arguments += [("slots", "*i64", region.argument(writes[0].args[2])), *passed(region, operands), ("N", "i32", "N")]  # type: ignore[arg-type]
+    arguments += [("slots", "*i64", region.argument(writes[0].args[2])), *passed(region, operands)]  # type: ignore[arg-type]
     constants: dict[str, Scalar] = {**heads, **_packed(attend), "PDL": region.pdl}
     return call_of(template, heads, config, arguments, constants, hooks)
 

@@ -92,15 +92,22 @@ def rotated_graph() -> str:
     return changed_by(RotateHadamard(r4=True))
 
 
-def changed_by(item: Any) -> str:
-    """The lines of `forward` that a pass takes away and those that it puts there."""
+def packed_graph() -> str:
+    """What quantize-kv changes in `step`, as a diff."""
+    from llmopt.passes import InsertKVCache, QuantizeKV
+
+    return changed_by(QuantizeKV(), InsertKVCache())
+
+
+def changed_by(item: Any, *ahead: Any) -> str:
+    """The lines that a pass takes away and those that it puts there; `ahead`: passes that it stands behind."""
     from llmopt.compiler.pipeline import Context, Pipeline, program_diff
     from llmopt.compiler.recipe import RECIPES
     from llmopt.compiler.target import Target
     from llmopt.passes import Canonicalize, RaiseAten
 
     context = Context(Target.parse("cpu:generic"), RECIPES["default"])
-    before = Pipeline([RaiseAten(), Canonicalize()]).run(one_layer_llama(), context)
+    before = Pipeline([RaiseAten(), Canonicalize(), *ahead]).run(one_layer_llama(), context)
     after = Pipeline([item]).run(before, context)
     changed = [line for line in program_diff(before, after).splitlines() if line[:2] in ("- ", "+ ")]
     return "```diff\n" + "\n".join(changed) + "\n```"
@@ -185,10 +192,97 @@ def quality() -> str:
     """What recipes cost in accuracy: a table a model; nothing where no result is committed."""
     if not (RESULTS / "quality.json").is_file():
         return ""
-    rows = result("quality.json")["rows"]
+    rows = [row for row in result("quality.json")["rows"] if not row["recipe"].startswith("rotate")]
     return "\n\n".join(
         quality_of([r for r in rows if r["model"] == m]) for m in dict.fromkeys(r["model"] for r in rows)
     )
+
+
+def rotations() -> str:
+    """Perplexity of recipes with and without rotations."""
+    from llmopt.commands.catalog import MEASURED_ON
+
+    rows = [row for row in result("quality.json")["rows"] if row["model"] == MEASURED_ON]
+    found = {row["recipe"]: row["perplexity"] for row in rows}
+    lines = [
+        f"{MEASURED_ON}, as above; the lowest of a line is bold.",
+        "",
+        "| recipe | as it is | `rotate` | `rotate-online` |",
+        "|---|---|---|---|",
+    ]
+    for name in ("default", *found):
+        kinds = [f"{rotation}+{name}" if name != "default" else rotation for rotation in ("rotate", "rotate-online")]
+        three = [found.get(kind) for kind in (name, *kinds)]
+        if name.startswith("rotate") or (name == "default" and len(lines) > 4) or None in three:
+            continue
+        told = [f"**{x:.4f}**" if x == min(three) else f"{x:.4f}" for x in three]  # type: ignore[type-var, str-format]
+        lines.append(f"| `{name}` | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def kv_quality() -> str:
+    """What packed keys and values cost: scores, perplexity, how long texts agree."""
+    rows = result("kv-quality.json")["rows"]
+    return "\n\n".join((kv_scores(rows), kv_perplexity(rows), kv_prefix(rows)))
+
+
+def kv_scores(rows: list[dict[str, Any]]) -> str:
+    """Errors of made-up keys: a row for each packing."""
+    rows = [row for row in rows if row["part"] == "scores"]
+    kinds = list(dict.fromkeys(row["keys"] for row in rows))
+    lines = [
+        "Errors of packed keys, N(0, 1), 128 channels, 2,048 keys: the root mean square error of q.k / sqrt(128), and "
+        "the relative error of attention's result. `-h16`: rotated in blocks of 16.",
+        "",
+        f"| keys | {' | '.join(kinds)} |",
+        "|---" * (len(kinds) + 1) + "|",
+    ]
+    for packing in dict.fromkeys(row["packing"] for row in rows):
+        of = {row["keys"]: row for row in rows if row["packing"] == packing}
+        cells = [f"{of[k]['logit_rmse']:.3f}, {of[k]['result_error']:.3f}" for k in kinds]
+        lines.append(f"| `{packing}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def kv_perplexity(rows: list[dict[str, Any]]) -> str:
+    """Perplexity: a row for each packing, a column for each model."""
+    rows = [row for row in rows if row["part"] == "perplexity"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    first = rows[0]
+    lines = [
+        f"Perplexity, {names(rows, 'dtype')}, {first['windows']} windows of {first['window']:,} tokens, weights as "
+        "they are. `k64`: keys are rotated in blocks of 64, `kv64`: values, too; *as computed*: nothing is packed. "
+        "`-k-bias-10`: biases of ten times the keys' size on one pair of channels, which no score sees "
+        "(`benchmarks/kv_quality.py`).",
+        "",
+        f"| packing | {' | '.join(models)} |",
+        "|---" * (len(models) + 1) + "|",
+    ]
+    for packing in dict.fromkeys(row["packing"] for row in rows):
+        of = {row["model"]: f"{row['perplexity']:.3f}" for row in rows if row["packing"] == packing}
+        lines.append(f"| {_cache(packing)} | {' | '.join(of.get(m, '-') for m in models)} |")
+    return "\n".join(lines)
+
+
+def kv_prefix(rows: list[dict[str, Any]]) -> str:
+    """Common prefixes of greedy texts."""
+    rows = [row for row in rows if row["part"] == "prefix"]
+    first = rows[0]
+    lines = [
+        f"Tokens that greedy texts share with those of the unpacked cache before they part, of {first['tokens']}: "
+        f"{first['prompts']} prompts of {first['prompt_tokens']} tokens, {names(rows, 'model')}, "
+        f"{names(rows, 'dtype')}, one {first['gpu']['name']}. Texts part at near ties, so means of so few prompts differ by chance, too.",
+        "",
+        "| packing | mean | median | whole texts |",
+        "|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: -row["mean"]):
+        lines.append(f"| {_cache(row['packing'])} | {row['mean']:.1f} | {row['median']} | {row['whole']} |")
+    return "\n".join(lines)
+
+
+def _cache(packing: str) -> str:
+    return "as computed" if packing == "bf16" else f"`{packing}`"
 
 
 def quality_of(rows: list[dict[str, Any]]) -> str:
@@ -229,11 +323,11 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "gpu": gpu,
         "compile-cost": compile_cost,
     },
-    "docs/quality.md": {"quality": quality},
+    "docs/quality.md": {"quality": quality, "rotations": rotations, "kv-quality": kv_quality},
     "docs/gpu.md": {"lowbit": lowbit},
     "docs/passes.md": {
         "insert-kv-cache": kv_cache_graphs, "rotate-hadamard": rotated_graph, "quantize": quantized_graph,
-        "fuse": fused_graph,
+        "quantize-kv": packed_graph, "fuse": fused_graph,
     },
 }  # fmt: skip
 

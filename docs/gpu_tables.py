@@ -197,6 +197,54 @@ def attention(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def packed(figures: dict[str, Any]) -> str:
+    """Decoding attention over packed keys and values: a row for each packing; and what storing them takes."""
+    cases = figures["attention"]
+    lines = [
+        "The same over packed keys and values (`keys/values`; `h128`: rotated in blocks of 128), against our own bf16 "
+        f"pages and the fastest FlexAttention there is, one {machine(figures)}; reading moves "
+        f"{figures['read_bytes_per_s'] / 1e12:.2f} TB/s here. *GB/s* are those of the packed bytes.",
+        "",
+        "| contexts | keys/values | a call | GB/s | times bf16 | times FlexAttention |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in cases:
+        us = case["us"]
+        flex = min((t for name, t in us.items() if name.startswith("flex")), default=None)
+        for name in (n for n in us if not n.startswith("flex")):
+            rate, more = case["bytes_per_s"][name] / 1e9, f"{flex / us[name]:.1f}x" if flex else "-"
+            lines.append(
+                f"| {case['batch']} x {case['context']} | {name} | {us[name]:.0f} us | {rate:.0f} | "
+                f"{us['bf16'] / us[name]:.2f}x | {more} |"
+            )
+    told = [
+        f"{c['tokens']:,} tokens {c['us']['plain']:.1f} us plain, "
+        + ", ".join(f"`{n}` {c['us'][n] / c['us']['plain']:.2f}x" for n in ("int4-h128/int4", "int4/int4", "int8/int8"))
+        for c in figures["write"]
+    ]
+    lines += ["", f"To norm, rotate and store a step's keys and values, and its queries: {'; '.join(told)}."]
+    return "\n".join(lines)
+
+
+def contexts(figures: dict[str, Any]) -> str:
+    """Decoding steps behind long contexts."""
+    cases = figures["cases"]
+    lines = [
+        f"Steps of {names(cases, 'model')} with packed caches, one {machine(cases[0])}, in turns; `:none` rotates "
+        "nothing.",
+        "",
+        "| batch | context | recipe | KV bytes a token | a step | times the first |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in cases:
+        first = case["peers"][0]["ms"]["median"]
+        for row in case["peers"]:
+            ms = row["ms"]["median"]
+            held = f"{case['batch']} | {case['tokens']:,} | `{row['peer']}` | {row['kv_bytes_per_token']:,}"
+            lines.append(f"| {held} | {ms:.3f} ms | {first / ms:.2f}x |")
+    return "\n".join(lines)
+
+
 def exactness(figures: dict[str, Any]) -> str:
     """What was equal, and the largest ratio of errors."""
     models = figures["models"]
@@ -242,6 +290,7 @@ def names(cases: list[dict[str, Any]], key: str) -> str:
 
 
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "decode": decode, "decode-lowbit": recipes, "prefill": prefill, "attention": attention, "startup": startup,
+    "decode": decode, "decode-lowbit": recipes, "prefill": prefill, "attention": attention,
+    "kv-attention": packed, "long-context": contexts, "startup": startup,
     "exactness": exactness,
 }  # fmt: skip

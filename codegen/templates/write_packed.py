@@ -40,47 +40,42 @@ def _write(
         tl.store(out + (n * HKV + h) * D + d, value, mask=ok)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def write_packed(
-    q_out, k_out, v_out, k_pages, v_pages, slots, e0, e1, e2, e3, e4, e5, N, HQ: tl.constexpr, HKV: tl.constexpr,
+    q_out, k_out, v_out, k_pages, v_pages, slots, e0, e1, e2, e3, e4, e5, HQ: tl.constexpr, HKV: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr,
     LOAD_V: tl.constexpr, K_KIND: tl.constexpr, K_ORDER: tl.constexpr, V_KIND: tl.constexpr, V_ORDER: tl.constexpr,
-    TOKENS: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens (program_id 0) of a key/value head h (program_id 1), program_id(2) for keys, values, queries: q_out
-    [N, HQ, D], rotated with blocks of K_ORDER; k_out [N, HKV, D] and v_out [N, HKV, DV] or None, the keys still
-    rotated; pages as `decode_packed` reads them, or plain where the kind is "". Grid (cdiv(N, TOKENS), HKV, 3).
+    """Token n = program_id(0), key/value head h = program_id(1): q_out [N, HQ, D], rotated with blocks of K_ORDER;
+    k_out [N, HKV, D] and v_out [N, HKV, DV] or None, the keys still rotated; pages as `decode_packed` reads them, or
+    plain where the kind is "". Grid (N, HKV).
     """
     G: tl.constexpr = HQ // HKV
-    h, role = tl.program_id(1), tl.program_id(2)
+    n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, max(16, triton.next_power_of_2(D)))[None, :]
     dv = tl.arange(0, max(16, triton.next_power_of_2(DV)))[None, :]
     g = tl.arange(0, triton.next_power_of_2(G))
-    one = tl.zeros([1, 1], tl.int32)
-    first = tl.program_id(0).to(tl.int64) * TOKENS
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    for n in range(first, tl.minimum(first + TOKENS, N)):
-        slot = tl.load(slots + n)
-        if role == 0:
-            k = LOAD_K(n, h, one + d, d < D, e0, e1, e2, e3, e4, e5)
-            _write(k_pages, k_out, k, d, slot, n, h, K_KIND, K_ORDER, HKV, D, PAGE, False)
-        elif role == 1:
-            v = LOAD_V(n, h, one + dv, dv < DV, e0, e1, e2, e3, e4, e5)
-            _write(v_pages, v_out, v, dv, slot, n, h, V_KIND, V_ORDER, HKV, DV, PAGE, True)
-        else:
-            head = (h * G + g)[:, None]
-            ok = (g < G)[:, None] & (d < D)
-            q = LOAD_Q(n, head, d, ok, e0, e1, e2, e3, e4, e5)
-            if K_ORDER > 1:
-                q = rotated(q.to(tl.bfloat16).to(tl.float32), d, K_ORDER, True)
-            tl.store(q_out + (n * HQ + head) * D + d, q, mask=ok)
+    slot = tl.load(slots + n)
+    one = tl.zeros([1, 1], tl.int32)
+    _write(k_pages, k_out, LOAD_K(n, h, one + d, d < D, e0, e1, e2, e3, e4, e5), d, slot, n, h, K_KIND, K_ORDER, HKV, D,
+           PAGE, False)  # fmt: skip
+    _write(v_pages, v_out, LOAD_V(n, h, one + dv, dv < DV, e0, e1, e2, e3, e4, e5), dv, slot, n, h, V_KIND, V_ORDER,
+           HKV, DV, PAGE, True)  # fmt: skip
+    head = (h * G + g)[:, None]
+    ok = (g < G)[:, None] & (d < D)
+    q = LOAD_Q(n, head, d, ok, e0, e1, e2, e3, e4, e5)
+    if K_ORDER > 1:
+        q = rotated(q.to(tl.bfloat16).to(tl.float32), d, K_ORDER, True)
+    tl.store(q_out + (n * HQ + head) * D + d, q, mask=ok)
 
 
 def grid(shape: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int | str, ...]:
     """Programs of a launch, as sizes of `codegen.kernel`."""
-    return (f"cdiv(N, {config['TOKENS']})", shape["HKV"], 3)
+    return ("N", shape["HKV"])
 
 
 def supports(shape: Mapping[str, int], dtype: str, target: Target) -> str | None:
@@ -89,6 +84,5 @@ def supports(shape: Mapping[str, int], dtype: str, target: Target) -> str | None
 
 
 def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[str, Any]]:
-    """Constants worth trying, the default first: a token's head is so little work that programs of one alone would
-    take as long to be started."""
-    return [{"TOKENS": tokens, "num_warps": 1, "num_stages": 1} for tokens in (4, 2, 8)]
+    """Constants worth trying, the default first: a token's head is little work."""
+    return [{"num_warps": warps, "num_stages": 1} for warps in (1, 2, 4)]

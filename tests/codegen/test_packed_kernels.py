@@ -122,9 +122,9 @@ def prefilled(case: Case, counts: tuple[int, ...], keys: str, values: str) -> No
     k_how, v_how = Packing.parse(keys), Packing.parse(values)
     turned, k_out, v_out = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     none = torch.zeros(1)
-    write.write_packed[(-(-n // 4), hkv, 3)](
+    write.write_packed[(n, hkv)](
         turned, k_out, v_out, k_pages, v_pages, slots, q, none, none, k, v, torch.tensor([hq, hkv, d, dv]),
-        n, TOKENS=4, HQ=hq, HKV=hkv, D=d, DV=dv, PAGE=case.page, LOAD_Q=cases.plain_q, LOAD_K=cases.plain_k,
+        HQ=hq, HKV=hkv, D=d, DV=dv, PAGE=case.page, LOAD_Q=cases.plain_q, LOAD_K=cases.plain_k,
         LOAD_V=cases.plain_v,
         K_KIND=k_how.kind, K_ORDER=k_how.order, V_KIND=v_how.kind, V_ORDER=v_how.order, PDL=False,
     )  # fmt: skip

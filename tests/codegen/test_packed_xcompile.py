@@ -47,7 +47,7 @@ def decoding(target: Target, config: dict[str, Any], packing: tuple[Any, ...], *
 
 def writing(target: Target, packing: tuple[Any, ...]) -> Kernel:
     types = {"q_out": "*bf16", "k_out": "*bf16", "v_out": "*bf16", "k_pages": "*u8", "v_pages": "*u8", "slots": "*i64"}
-    types |= {"e0": "*bf16", "e1": "*bf16", "e2": "*bf16", "N": "i32"}
+    types |= {"e0": "*bf16", "e1": "*bf16", "e2": "*bf16"}
     config = write_packed.configs(SHAPE, "bfloat16", target)[0]
     return kernel(
         "write_packed", types, config, packing, PDL="pdl" in target.features, **dict.fromkeys(("e3", "e4", "e5"))
