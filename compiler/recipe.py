@@ -1,7 +1,7 @@
 """Recipes: what to do to a model, as plain data: passes with their options, and who may implement the ops.
 
-A recipe knows no pass: whatever needs them takes a registry (name -> pass class), so that a recipe is checked
-whole before anything runs. Two recipes that say the same have the same digest, whatever they are called.
+A recipe knows no pass: whatever needs them takes a registry (name -> pass class), so that a recipe is checked whole
+before anything runs. Two recipes that say the same have the same digest, whatever they are called.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 
@@ -358,18 +359,13 @@ def _ordinal(index: int) -> str:
 _STANDARD = tuple(map(PassSpec, ("raise-aten", "canonicalize", "insert-kv-cache", "fuse", "lower")))
 
 
-def _quantized(name: str, about: str, **options: Any) -> Recipe:
-    return Recipe(name, (*_STANDARD[:3], PassSpec.of("quantize", **options), *_STANDARD[3:]), about=about)
+def _with(item: str, at: int, name: str, about: str, **options: Any) -> Recipe:
+    return Recipe(name, (*_STANDARD[:at], PassSpec.of(item, **options), *_STANDARD[at:]), about=about)
 
 
-def _rotated(name: str, about: str, **options: Any) -> Recipe:
-    rotate = PassSpec.of("rotate-hadamard", **options)
-    return Recipe(name, (*_STANDARD[:2], rotate, *_STANDARD[2:]), about=about)
-
-
-def _packed(name: str, about: str, **options: Any) -> Recipe:
-    return Recipe(name, (*_STANDARD[:3], PassSpec.of("quantize-kv", **options), *_STANDARD[3:]), about=about)
-
+_rotated = partial(_with, "rotate-hadamard", 2)
+_quantized = partial(_with, "quantize", 3)
+_packed = partial(_with, "quantize-kv", 3)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
