@@ -17,13 +17,23 @@ from llmopt.compiler.target import Target  # noqa: E402
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from llmopt.cache import Cache
     from llmopt.compiler.program import ModelFacts
     from llmopt.compiler.quant import QuantizedTensor
     from llmopt.model import CompiledModel
 
 __version__ = "0.1.0"
 
-__all__ = ["Recipe", "Target", "compile", "load", "quantize"]
+__all__ = ["Cache", "Recipe", "Target", "compile", "load", "quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers is imported by whoever needs it
+    if name == "Cache":
+        from llmopt.cache import Cache
+
+        return Cache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def compile(
