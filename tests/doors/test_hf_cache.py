@@ -18,26 +18,29 @@ from llmopt.runtime.engine import SamplingParams
 def generated(model: Any, ids: torch.Tensor, cache: Any, count: int = 10, **options: Any) -> list[list[int]]:
     config = GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0, **options)
     mask = torch.ones_like(ids)
-    return model.generate(ids, attention_mask=mask, generation_config=config, past_key_values=cache)[
-        :, ids.shape[1] :
-    ].tolist()
+    made = model.generate(ids, attention_mask=mask, generation_config=config, past_key_values=cache)
+    return made[:, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", ["int4-kv", "fp8-kv"])
-def test_tokens_are_those_of_the_compiled_model(name: str) -> None:
-    model = tiny("llama")
+@pytest.mark.parametrize(
+    ("name", "options", "row"),
+    [("int4-kv", {}, 16 // 2 + 4), ("fp8-kv", {"keys": "fp8", "values": "fp8", "rotate": "none"}, 16 + 4)],
+)
+def test_tokens_are_those_of_the_compiled_model(name: str, options: dict[str, Any], row: int) -> None:
+    model, prompts = tiny("llama"), ragged(12)
     recipe = Recipe(name, Recipe.parse(name).passes, providers=("reference",))
-    options = {"int4-kv": {}, "fp8-kv": {"keys": "fp8", "values": "fp8", "rotate": "none"}}[name]
-    prompts = ragged(12)
-    want = llmopt.compile(tiny("llama"), recipe, target="cpu").engine.generate(
-        prompts, SamplingParams(max_new_tokens=10)
-    )
+    compiled = llmopt.compile(tiny("llama"), recipe, target="cpu")
+    want = compiled.engine.generate(prompts, SamplingParams(max_new_tokens=10))
     cache = llmopt.Cache(model.config, **options)
     assert generated(model, torch.tensor(prompts), cache) == want
-    assert generated(model, torch.tensor(prompts), DynamicCache(config=model.config)) != want or name == "fp8-kv"
     assert cache.get_seq_length() == 12 + 9
     assert {layer.keys.dtype for layer in cache.layers} == {torch.uint8}
-    assert cache.layers[0].keys.shape == (1, 2, 21, 16 // 2 + 4 if name == "int4-kv" else 16 + 4)
+    assert cache.layers[0].keys.shape == (1, 2, 21, row)
+
+
+def test_four_bits_make_other_tokens_than_all() -> None:
+    model, ids = tiny("llama"), torch.tensor(ragged(12))
+    assert generated(model, ids, llmopt.Cache(model.config)) != generated(model, ids, DynamicCache(config=model.config))
 
 
 def test_beams_reorder_rows() -> None:
