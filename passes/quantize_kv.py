@@ -97,7 +97,9 @@ class QuantizeKV(Pass):
         try:
             row = packing.row_bytes(channels)
         except InputError as error:
-            raise InputError(f"{where(write)}: {error}; set order, or skip this attention") from None
+            smaller = "a smaller order, " if channels % order else ""
+            other = f"wanted {smaller}another packing, or skip to leave this attention as it is"
+            raise InputError(f"{where(write)}: {error}; {other}") from None
         specs[spec.name] = StateSpec(spec.name, (heads, page, row), torch.uint8)
         was = pages.meta["val"]
         pages.meta["val"] = write.meta["val"] = was.new_empty((*was.shape[:3], row), dtype=torch.uint8)

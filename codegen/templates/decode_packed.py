@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from llmopt.codegen.templates.decode_attention import (
+    _channels,
     _combine,
     _keys,
     _let_next_start,
@@ -60,10 +61,12 @@ def _own_row(pages, x, d, slot, h, KIND: tl.constexpr, ORDER: tl.constexpr, HKV:
 
 
 @triton.jit
-def _padded(x, ROWS: tl.constexpr):
-    # x [R, D] with rows of zeros behind it
+def _padded(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    # x [R, D] with zeros behind its rows and columns
     for _ in tl.static_range(stages(ROWS // x.shape[0])):
         x = tl.reshape(tl.permute(tl.join(x, x * 0), 2, 0, 1), [2 * x.shape[0], x.shape[1]])
+    for _ in tl.static_range(stages(COLUMNS // x.shape[1])):
+        x = tl.reshape(tl.permute(tl.join(x, x * 0), 0, 2, 1), [x.shape[0], 2 * x.shape[1]])
     return x
 
 
@@ -104,8 +107,9 @@ def decode_packed(  # noqa: C901
     table = tables + n * M
     k_words, v_words = k_pages.to(tl.pointer_type(tl.int32)), v_pages.to(tl.pointer_type(tl.int32))
     g = tl.arange(0, WIDTH)
-    d = tl.arange(0, KW * (32 // bits_of(K_KIND)))
     dv = tl.arange(0, VW * (32 // bits_of(V_KIND)))
+    # what hooks are asked for is as wide as they expect it, and padded to a tile's width afterwards
+    c, cv = _channels(D)[None, :], _channels(DV)[None, :]
     head = h * G + g
     real = g < G
     SINKS: tl.constexpr = sinks is not None
@@ -126,17 +130,17 @@ def decode_packed(  # noqa: C901
         tl.extra.cuda.gdc_wait()
 
     few = tl.arange(0, triton.next_power_of_2(G))[:, None]  # heads that pad the group are not rotated
-    q = LOAD_Q(n, h * G + few, d[None, :], (few < G) & (d < D)[None, :], e0, e1, e2, e3, e4, e5)
-    q = _padded(rotated(q.to(tl.bfloat16).to(tl.float32), d[None, :], K_ORDER, True).to(tl.bfloat16), WIDTH)
+    q = LOAD_Q(n, h * G + few, c, (few < G) & (c < D), e0, e1, e2, e3, e4, e5)
+    q = rotated(q.to(tl.bfloat16).to(tl.float32), c, K_ORDER, True).to(tl.bfloat16)
+    q = _padded(q, WIDTH, KW * (32 // bits_of(K_KIND)))
     m = tl.full([WIDTH], float("-inf"), tl.float32)
     mass = tl.zeros([WIDTH], tl.float32)
     own = tl.zeros([WIDTH, dv.shape[0]], tl.float32)
     if owner:  # a branch, since the others need nothing of it
-        c, cv = tl.zeros([1, 1], tl.int32) + d[None, :], tl.zeros([1, 1], tl.int32) + dv[None, :]
         k = LOAD_K(n, h, c, c < D, e0, e1, e2, e3, e4, e5).to(tl.bfloat16).to(tl.float32)
         v = LOAD_V(n, h, cv, cv < DV, e0, e1, e2, e3, e4, e5).to(tl.bfloat16).to(tl.float32)
-        k = _own_row(k_pages, k, c, slot, h, K_KIND, K_ORDER, HKV, D, PAGE)
-        v = _own_row(v_pages, v, cv, slot, h, V_KIND, V_ORDER, HKV, DV, PAGE)
+        k = _padded(_own_row(k_pages, k, c, slot, h, K_KIND, K_ORDER, HKV, D, PAGE), 1, q.shape[1])
+        v = _padded(_own_row(v_pages, v, cv, slot, h, V_KIND, V_ORDER, HKV, DV, PAGE), 1, dv.shape[0])
         m, mass, own = _begin(q, k, v, sink, SCALE, SOFTCAP, SINKS)
     # codes have OFFSET too much: what a query makes of that
     total = tl.sum(q.to(tl.float32), 1)

@@ -163,7 +163,7 @@ def rounded(y, d, KIND: tl.constexpr, D: tl.constexpr):
     least = tl.min(tl.where(real, y, float("inf")), 1)
     most = tl.max(tl.where(real, y, float("-inf")), 1)
     if KIND == "fp8":
-        offset = most * 0.0
+        offset = tl.zeros(most.shape, tl.float32)
         scale = _floored(tl.div_rn(tl.maximum(most, -least), tl.full(most.shape, 448.0, tl.float32)))
         units = tl.div_rn(y, tl.broadcast_to(scale[:, None], y.shape))
         codes = encoded(nearest(units, "e4m3"), "e4m3")

@@ -2,7 +2,7 @@
 (norms, RoPE) is computed by hooks, keys and values are rotated, rounded and stored, queries rotated as keys are.
 
 `prefill_attention` reads the pages then; torch's attention of whole prompts reads k_out and v_out, which hold what the
-pages do, so that the same tokens get the same result by either way.
+pages do, rounded to their dtype, so that the same tokens get the same result by either way but for that rounding.
 """
 
 from __future__ import annotations

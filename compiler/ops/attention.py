@@ -229,7 +229,7 @@ def _plain_pages(pages: Tensor, packing: str, dtype: torch.dtype) -> Tensor:
 def _attend_cost(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, *rest: Any) -> Cost:
     # the upper bound: every page of every listed sequence is read once
     keys = block_tables.numel() * k_pages.shape[2]
-    per_key = (k_pages.shape[-1] + v_pages.shape[-1]) * k_pages.shape[1] * k_pages.element_size()
+    per_key = sum(p.shape[-1] * p.element_size() for p in (k_pages, v_pages)) * k_pages.shape[1]
     return Cost(4 * q.numel() * block_tables.shape[1] * k_pages.shape[2], keys * per_key + 2 * nbytes(q))
 
 

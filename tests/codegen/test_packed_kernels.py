@@ -14,7 +14,7 @@ from llmopt.codegen.templates import decode_packed as decode
 from llmopt.codegen.templates import prefill_attention as prefill
 from llmopt.codegen.templates import write_packed as write
 from llmopt.compiler.ops.attention import attend, kv_write
-from llmopt.compiler.quant.kv import Packing
+from llmopt.compiler.quant.kv import Packing, pages_of
 from llmopt.runtime.attend import StepLayout
 
 pytestmark = pytest.mark.interp
@@ -94,13 +94,14 @@ def test_packings(keys: str, values: str, splits: int) -> None:
         Case((37, 5), heads=(20, 1), page=16, dtype=BF16),
         Case((37, 5), dims=(80, 96), page=1, dtype=BF16),
         Case((37, 5), dims=(128, 16), dtype=BF16),
+        Case((37, 5), dims=(16, 40), page=2, dtype=BF16),
         Case((60, 5, 0), window=20, softcap=2.0, sinks=True, dtype=BF16),
     ],
     ids=str,
 )
 def test_features(case: Case) -> None:
     decoded(case, 2, "int4-h16", "int4")
-    decoded(case, 1, "int8-h8", "fp8-h16")
+    decoded(case, 1, "int8-h8", "fp8-h8")
 
 
 def prefilled(case: Case, counts: tuple[int, ...], keys: str, values: str) -> None:
@@ -141,6 +142,30 @@ def prefilled(case: Case, counts: tuple[int, ...], keys: str, values: str) -> No
         K_KIND=k_how.kind, V_KIND=v_how.kind, V_ORDER=v_how.order,
     )  # fmt: skip
     assert (out.float() - want).abs().max() <= 1.6e-2 * want.abs().max()
+
+
+def test_edge_rows_have_the_op_s_bytes() -> None:
+    """All negative, all equal, zeros of both signs, one huge number, some that are not finite."""
+    rows = -torch.rand(8, 16) - 0.1
+    rows[1:5] = torch.stack([torch.full((16,), 3.5), torch.zeros(16), -torch.zeros(16), torch.linspace(-1, 1, 16)])
+    rows[4, 3], rows[5, 2], rows[6, 1] = 1e30, torch.inf, -torch.inf
+    x, q = rows.bfloat16()[:, None], torch.zeros(8, 1, 16, dtype=BF16)
+    none, sizes = torch.zeros(1), torch.tensor([1, 1, 16, 16])
+    for keys, values in (("fp8", "int4"), ("int8", "fp8"), ("int4", "int8")):
+        how = Packing.parse(keys), Packing.parse(values)
+        pages = [torch.zeros(2, 1, 4, h.row_bytes(16), dtype=torch.uint8) for h in how]
+        want = [kv_write(p, x.transpose(0, 1)[None], torch.arange(8), str(h)) for p, h in zip(pages, how, strict=True)]
+        write.write_packed[(8, 1)](
+            torch.empty_like(q), None, None, *pages, torch.arange(8), q, none, none, x, x, sizes, HQ=1, HKV=1, D=16,
+            DV=16, PAGE=4, LOAD_Q=cases.plain_q, LOAD_K=cases.plain_k, LOAD_V=cases.plain_v, K_KIND=how[0].kind,
+            K_ORDER=1, V_KIND=how[1].kind, V_ORDER=1, PDL=False,
+        )  # fmt: skip
+        finite = [0, 1, 2, 3, 4, 7]  # of the others the codes mean nothing
+        for got, expected, h in zip(pages, want, how, strict=True):
+            mine, theirs = (h.unpack(torch.cat(pages_of(p, h), -1)).flatten(0, 2) for p in (got, expected))
+            assert torch.equal(mine[finite], theirs[finite])
+            assert torch.equal(got.view(2, -1)[0], expected.view(2, -1)[0])
+            assert not torch.isfinite(mine[5:7]).all(1).any()
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,12 @@ from llmopt.passes import PASSES, Canonicalize, InsertKVCache, QuantizeKV, Raise
 from llmopt.runtime.engine import SamplingParams
 
 
-def step_of(**options: Any) -> Program:
+def step_of(head_dim: int = 32, **options: Any) -> Program:
     from llmopt.compiler.capture_hf import capture_model
 
     context = Context(Target.parse("cpu:generic"), RECIPES["reference"])
     passes = [RaiseAten(), Canonicalize(), InsertKVCache(), QuantizeKV(**options)]
-    return Pipeline(passes).run(capture_model(tiny("llama", head_dim=32)), context)
+    return Pipeline(passes).run(capture_model(tiny("llama", head_dim=head_dim)), context)
 
 
 def packings(program: Program) -> list[tuple[Any, ...]]:
@@ -84,8 +84,12 @@ def test_options_that_are_wrong(options: dict[str, Any], said: str) -> None:
 
 
 def test_what_cannot_be_packed_is_told() -> None:
-    with pytest.raises(InputError, match=r"heads of 32 channels cannot be packed as int4-h64: .*; set order"):
+    with pytest.raises(
+        InputError, match=r"heads of 32 channels cannot be packed as int4-h64: .*; wanted a smaller order, "
+    ):
         step_of(order=64)
+    with pytest.raises(InputError, match=r"packed as nvfp4: .*; wanted another packing, or skip"):
+        step_of(keys="nvfp4", rotate="none", head_dim=24)
     with pytest.raises(PassMatchedNothing):
         step_of(skip=(0, 1))
 
