@@ -218,7 +218,7 @@ def packed(figures: dict[str, Any]) -> str:
                 f"{us['bf16'] / us[name]:.2f}x | {more} |"
             )
     told = [
-        f"{c['tokens']:,} tokens {c['us']['plain']:.1f} us plain, "
+        f"{c['tokens']:,} token{'s' * (c['tokens'] > 1)} {c['us']['plain']:.1f} us plain, "
         + ", ".join(f"`{n}` {c['us'][n] / c['us']['plain']:.2f}x" for n in ("int4-h128/int4", "int4/int4", "int8/int8"))
         for c in figures["write"]
     ]
