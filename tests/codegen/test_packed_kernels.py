@@ -166,9 +166,7 @@ def test_edge_rows_have_the_op_s_bytes() -> None:
             assert not torch.isfinite(mine[5:7]).all(1).any()
 
 
-@pytest.mark.parametrize(
-    ("keys", "values"), [("int4-h64", "int4"), ("int4-h16", "int8-h32"), ("fp8", "int4-h64")]
-)
+@pytest.mark.parametrize(("keys", "values"), [("int4-h64", "int4"), ("int4-h16", "int8-h32"), ("fp8", "int4-h64")])
 def test_prompts(keys: str, values: str) -> None:
     prefilled(Case((0, 5, 40), dtype=BF16), (20, 1, 33), keys, values)
 
