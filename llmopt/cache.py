@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from llmopt.compiler.errors import InputError
-from llmopt.compiler.quant.kv import KINDS, Packing
+from llmopt.compiler.quant.kv import Packing, packing_for, why_no_choice
 
 
 class PackedLayer(DynamicLayer):  # type: ignore[misc]
@@ -50,8 +50,8 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
 def _packed(x: Tensor, how: Packing | None) -> Tensor:
     if how is None:
         return x
-    how.row_bytes(x.shape[-1])
-    return how.pack(x) if x.numel() else x.new_empty((*x.shape[:-1], how.row_bytes(x.shape[-1])), dtype=torch.uint8)
+    row = how.row_bytes(x.shape[-1])  # raises where a head cannot be cut so
+    return how.pack(x) if x.numel() else x.new_empty((*x.shape[:-1], row), dtype=torch.uint8)
 
 
 class Cache(TransformersCache):  # type: ignore[misc]
@@ -75,15 +75,8 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 f"llmopt.Cache: {type(config).__name__} has {seen}; wanted full attention in every layer; use "
                 "llmopt.compile(model, 'int4-kv'), whose cache takes windows"
             )
-        for option, kind in (("keys", keys), ("values", values)):
-            if kind not in (*KINDS, "none"):
-                raise InputError(f"llmopt.Cache: {option} is {kind!r}; wanted one of {', '.join((*KINDS, 'none'))}")
-        if rotate not in ("k", "v", "kv", "none"):
-            raise InputError(f"llmopt.Cache: rotate is {rotate!r}; wanted k, v, kv or none")
-        turned = "" if rotate == "none" else rotate
+        if why := why_no_choice(keys, values, order, rotate):
+            raise InputError(f"llmopt.Cache: {why}")
         channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        packings = [
-            None if kind == "none" else Packing(kind, (order or channels & -channels) if letter in turned else 1)
-            for letter, kind in (("k", keys), ("v", values))
-        ]
+        packings = [packing_for(*one, order, rotate, channels) for one in (("k", keys), ("v", values))]
         super().__init__(layers=[PackedLayer(*packings) for _ in range(config.num_hidden_layers)])

@@ -17,12 +17,10 @@ import torch
 from torch import fx
 
 from llmopt.compiler.errors import InputError, RecipeError
-from llmopt.compiler.graph import Graph, origin, where
+from llmopt.compiler.graph import origin, where
 from llmopt.compiler.pipeline import Approx, Context, Pass, PassStats
 from llmopt.compiler.program import Program, StateSpec
-from llmopt.compiler.quant.kv import KINDS, Packing
-
-NONE = "none"
+from llmopt.compiler.quant.kv import packing_for, why_no_choice
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,8 @@ class QuantizeKV(Pass):
 
     def run(self, program: Program, context: Context) -> PassStats:
         """Rewrite the attentions of `step`. Raises RecipeError (options), InputError (heads that cannot be cut so)."""
-        self._check()
+        if why := why_no_choice(self.keys, self.values, self.order, self.rotate):
+            raise RecipeError(f"pass 'quantize-kv': {why}")
         stats, step = PassStats(), program.graph("step")
         attends = list(step.calls("attend"))
         if beyond := [n for n in self.skip if not 0 <= n < len(attends)]:
@@ -59,7 +58,7 @@ class QuantizeKV(Pass):
             if number in self.skip:
                 stats.rejected["quantize-kv", "skip names it"] += 1
             elif context.rewrites_left != 0:
-                self._rewrite(step, node, specs)
+                self._rewrite(node, specs)
                 stats.record(self.name, node.name, origin(node).source)
                 context.spend(1)
         program.state = tuple(specs.values())
@@ -69,35 +68,23 @@ class QuantizeKV(Pass):
         stats.notes.append(f"KV cache: {told}")
         return stats
 
-    def _check(self) -> None:
-        for option, seen in (("keys", self.keys), ("values", self.values)):
-            if seen not in (*KINDS, NONE):
-                raise RecipeError(
-                    f"pass 'quantize-kv': {option} is {seen!r}; wanted one of {', '.join((*KINDS, NONE))}"
-                )
-        if self.rotate not in ("k", "v", "kv", NONE):
-            raise RecipeError(f"pass 'quantize-kv': rotate is {self.rotate!r}; wanted k, v, kv or none")
-        if self.order < 0 or self.order & (self.order - 1):
-            raise RecipeError(
-                f"pass 'quantize-kv': order is {self.order}; wanted 0 (the largest there is) or a power of two"
-            )
-
-    def _rewrite(self, step: Graph, node: fx.Node, specs: dict[str, StateSpec]) -> None:
+    def _rewrite(self, node: fx.Node, specs: dict[str, StateSpec]) -> None:
         packings = []
         for write, kind, letter in zip(node.args[1:3], (self.keys, self.values), "kv", strict=True):
-            packings.append("" if kind == NONE else self._packed(step, write, kind, letter, specs))  # type: ignore[arg-type]
+            packings.append(self._packed(write, kind, letter, specs))  # type: ignore[arg-type]
         node.args = (*node.args[:10], *packings)
 
-    def _packed(self, step: Graph, write: fx.Node, kind: str, letter: str, specs: dict[str, StateSpec]) -> str:
+    def _packed(self, write: fx.Node, kind: str, letter: str, specs: dict[str, StateSpec]) -> str:
         pages: fx.Node = write.args[0]  # type: ignore[assignment]
         spec = specs[pages.name]
         heads, page, channels = spec.shape
-        order = (self.order or channels & -channels) if letter in self.rotate and self.rotate != NONE else 1
-        packing = Packing(kind, order)
+        packing = packing_for(letter, kind, self.order, self.rotate, channels)
+        if packing is None:
+            return ""
         try:
             row = packing.row_bytes(channels)
         except InputError as error:
-            smaller = "a smaller order, " if channels % order else ""
+            smaller = "a smaller order, " if channels % packing.order else ""
             other = f"wanted {smaller}another packing, or skip to leave this attention as it is"
             raise InputError(f"{where(write)}: {error}; {other}") from None
         specs[spec.name] = StateSpec(spec.name, (heads, page, row), torch.uint8)

@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 
 from llmopt.codegen.templates.order import place
+from llmopt.codegen.templates.packed import turned_back
 from llmopt.codegen.templates.paged import dot, drain, key_rows, logits, rows
 from llmopt.compiler.emittable import why_no_attention
 from llmopt.compiler.target import Target
@@ -125,6 +126,19 @@ def _place(n, head, d, HQ: tl.constexpr, DV: tl.constexpr, ORDER: tl.constexpr):
 
 
 @triton.jit
+def _begin(q, own_k, sink, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr):
+    # maximum, sum and the own value's share [G] of a softmax that begins with the token's own key [1 or G, D]
+    s = logits(tl.sum(q.to(tl.float32) * own_k.to(tl.float32), 1), SCALE, SOFTCAP)
+    top, share, mass = s, tl.full(s.shape, 1.0, tl.float32), tl.full(s.shape, 1.0, tl.float32)
+    if SINKS:
+        sink = sink * 1.4426950408889634
+        top = tl.maximum(s, sink)
+        share = tl.exp2(s - top)
+        mass = share + tl.exp2(sink - top)
+    return top, mass, share
+
+
+@triton.jit
 def _own(k_pages, v_pages, slot, q, own_k, own_v, sink, h, owner, HKV: tl.constexpr, D: tl.constexpr,
          DV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
          SINKS: tl.constexpr):  # fmt: skip
@@ -137,13 +151,7 @@ def _own(k_pages, v_pages, slot, q, own_k, own_v, sink, h, owner, HKV: tl.conste
     row = ((slot // PAGE) * HKV + h) * PAGE + slot % PAGE
     tl.store(k_pages + (row * D + d) + tl.zeros(own_k.shape, tl.int32), own_k, mask=once & (d < D))
     tl.store(v_pages + (row * DV + dv) + tl.zeros(own_v.shape, tl.int32), own_v, mask=once & (dv < DV))
-    s = logits(tl.sum(q.to(tl.float32) * own_k.to(tl.float32), 1), SCALE, SOFTCAP)
-    top, share, mass = s, tl.full(s.shape, 1.0, tl.float32), tl.full(s.shape, 1.0, tl.float32)
-    if SINKS:
-        sink = sink * 1.4426950408889634
-        top = tl.maximum(s, sink)
-        share = tl.exp2(s - top)
-        mass = share + tl.exp2(sink - top)
+    top, mass, share = _begin(q, own_k, sink, SCALE, SOFTCAP, SINKS)
     share = tl.where(owner, share, 0.0)
     m = tl.where(owner, top, float("-inf"))
     return m, tl.where(owner, mass, 0.0), share[:, None] * own_v.to(tl.float32)
@@ -157,6 +165,28 @@ def _part(partial, lse, m, mass, acc, part, real, DV: tl.constexpr):
     tl.store(lse + part * 2, m, mask=real)
     tl.store(lse + part * 2 + 1, mass, mask=real)
     tl.debug_barrier()  # the ticket, drawn by one thread, is to follow the stores of all
+
+
+@triton.jit
+def _leave(
+    out, partial, lse, tickets, m, mass, acc, head, real, dv, n, h, split, parts, SPLITS, HQ: tl.constexpr,
+    HKV: tl.constexpr, DV: tl.constexpr, BLOCK_S: tl.constexpr, ORDER: tl.constexpr, V_ORDER: tl.constexpr,
+):  # fmt: skip
+    # a part's acc [G, DV] of query heads [G], of which some are real: the result if there is no other part, else left
+    # for the last one to arrive, who adds all up. Values that are rotated in blocks of V_ORDER are turned back
+    heads = n * HQ + head
+    if split < parts:
+        if parts == 1:
+            value = turned_back(acc / mass[:, None], dv[None, :], V_ORDER).to(out.dtype.element_ty)
+            at = _place(n, heads, dv, HQ, DV, ORDER)
+            tl.store(out + at, value, mask=real[:, None] & (dv < DV)[None, :])
+        else:
+            _part(partial, lse, m, mass, acc, heads * SPLITS + split, real, DV)
+            if tl.atomic_add(tickets + (n * HKV + h), 1, sem="acq_rel") == parts - 1:
+                value = _combine(partial, lse, n, h, parts, SPLITS, HQ, HKV, DV, BLOCK_S)
+                value = turned_back(value, tl.arange(0, value.shape[1])[None, :], V_ORDER)
+                _store(out, value, n, h, HQ, HKV, DV, ORDER)
+                tl.store(tickets + (n * HKV + h), 0)
 
 
 @triton.jit
@@ -195,7 +225,7 @@ def _let_next_start(now):
 
 # no kernel of its own for one token, one part or a table of a multiple of 16 pages: all steps of a bucket run the same
 @triton.jit(do_not_specialize=["N", "M", "SPLITS"])
-def decode_attention(  # noqa: C901
+def decode_attention(
     k_pages, v_pages, tables, positions, slots, sinks, out, partial, lse, tickets, e0, e1, e2, e3, e4, e5, N, M, SPLITS,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr, LOAD_V: tl.constexpr,
@@ -274,18 +304,8 @@ def decode_attention(  # noqa: C901
 
     if SWAP:
         acc = tl.trans(acc)
-    heads = n * HQ + head
-    if split < parts:
-        if parts == 1:
-            value = (acc / mass[:, None]).to(out.dtype.element_ty)
-            at = _place(n, heads, dv, HQ, DV, ORDER)
-            tl.store(out + at, value, mask=real[:, None] & (dv < DV)[None, :])
-        else:
-            _part(partial, lse, m, mass, acc, heads * SPLITS + split, real, DV)
-            if tl.atomic_add(tickets + (n * HKV + h), 1, sem="acq_rel") == parts - 1:
-                value = _combine(partial, lse, n, h, parts, SPLITS, HQ, HKV, DV, BLOCK_S)
-                _store(out, value, n, h, HQ, HKV, DV, ORDER)
-                tl.store(tickets + (n * HKV + h), 0)
+    _leave(out, partial, lse, tickets, m, mass, acc, head, real, dv, n, h, split, parts, SPLITS, HQ, HKV, DV, BLOCK_S,
+           ORDER, 1)  # fmt: skip
 
 
 def grid(shape: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int | str, ...]:

@@ -17,13 +17,12 @@ import triton
 import triton.language as tl
 
 from llmopt.codegen.templates.decode_attention import (
+    FEW,
+    _begin,
     _channels,
-    _combine,
     _keys,
+    _leave,
     _let_next_start,
-    _part,
-    _place,
-    _store,
 )
 from llmopt.codegen.templates.packed import (
     bits_of,
@@ -41,14 +40,11 @@ from llmopt.codegen.templates.packed import (
     scale_and_offset,
     stages,
     store_row,
-    turned_back,
     value_operand,
 )
 from llmopt.codegen.templates.paged import dot, logits
 from llmopt.compiler.emittable import why_no_attention
 from llmopt.compiler.target import Target
-
-FEW = tl.constexpr(16)
 
 
 @triton.jit
@@ -71,20 +67,13 @@ def _padded(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _begin(q, own_k, own_v, sink, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr):
-    # the softmax that begins with the token's own key [1, DP] and value [1, DVP]
-    s = logits(tl.sum(q.to(tl.float32) * own_k, 1), SCALE, SOFTCAP)
-    top, share, mass = s, tl.full(s.shape, 1.0, tl.float32), tl.full(s.shape, 1.0, tl.float32)
-    if SINKS:
-        sink = sink * 1.4426950408889634
-        top = tl.maximum(s, sink)
-        share = tl.exp2(s - top)
-        mass = share + tl.exp2(sink - top)
-    return top, mass, share[:, None] * own_v
+def _page(table, at, last, PAGE: tl.constexpr):
+    # of the keys at these positions
+    return tl.load(table + at // PAGE, mask=at < last, other=0)
 
 
 @triton.jit(do_not_specialize=["N", "M", "SPLITS"])
-def decode_packed(  # noqa: C901
+def decode_packed(
     k_pages, v_pages, tables, positions, slots, sinks, out, partial, lse, tickets, e0, e1, e2, e3, e4, e5, N, M, SPLITS,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr, LOAD_V: tl.constexpr,
@@ -120,12 +109,8 @@ def decode_packed(  # noqa: C901
     owner = split == parts - 1
     t = tl.arange(0, BLOCK_T)
     pair = tl.arange(0, BLOCK_T // 2) * 2
-    page = tl.load(table + (first + t) // PAGE, mask=first + t < last, other=0)
-    even_page = tl.load(table + (first + pair) // PAGE, mask=first + pair < last, other=0)
-    if APART:
-        odd_page = tl.load(table + (first + pair + 1) // PAGE, mask=first + pair + 1 < last, other=0)
-    else:
-        odd_page = even_page
+    page, even_page = _page(table, first + t, last, PAGE), _page(table, first + pair, last, PAGE)
+    odd_page = _page(table, first + pair + 1, last, PAGE) if APART else even_page
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -141,7 +126,8 @@ def decode_packed(  # noqa: C901
         v = LOAD_V(n, h, cv, cv < DV, e0, e1, e2, e3, e4, e5).to(tl.bfloat16).to(tl.float32)
         k = _padded(_own_row(k_pages, k, c, slot, h, K_KIND, K_ORDER, HKV, D, PAGE), 1, q.shape[1])
         v = _padded(_own_row(v_pages, v, cv, slot, h, V_KIND, V_ORDER, HKV, DV, PAGE), 1, dv.shape[0])
-        m, mass, own = _begin(q, k, v, sink, SCALE, SOFTCAP, SINKS)
+        m, mass, share = _begin(q, k, sink, SCALE, SOFTCAP, SINKS)
+        own = share[:, None] * v
     # codes have OFFSET too much: what a query makes of that
     total = tl.sum(q.to(tl.float32), 1)
     q = tl.trans(in_order(q, K_KIND))
@@ -164,12 +150,8 @@ def decode_packed(  # noqa: C901
         v_scale, v_offset = scale_and_offset(tl.load(v_words + v_word, mask=ok, other=0))
         after = begin + BLOCK_T
         # rows of the tile after: the loads of a tile then wait for no table
-        page = tl.load(table + (after + t) // PAGE, mask=after + t < last, other=0)
-        even_page = tl.load(table + (after + pair) // PAGE, mask=after + pair < last, other=0)
-        if APART:
-            odd_page = tl.load(table + (after + pair + 1) // PAGE, mask=after + pair + 1 < last, other=0)
-        else:
-            odd_page = even_page
+        page, even_page = _page(table, after + t, last, PAGE), _page(table, after + pair, last, PAGE)
+        odd_page = _page(table, after + pair + 1, last, PAGE) if APART else even_page
         s = dot(key_operand(k, K_KIND), q, tl.zeros([BLOCK_T, WIDTH], tl.float32))
         s = s * k_scale[:, None] + (k_offset - offset_of(K_KIND) * k_scale)[:, None] * total[None, :]
         s = tl.where(ok[:, None], logits(s, SCALE, SOFTCAP), float("-inf"))
@@ -188,19 +170,8 @@ def decode_packed(  # noqa: C901
     mass = mass * begun + tl.sum(masses, 0)
     acc = by_channel(acc, V_KIND) + tl.sum(beside, 0)[None, :] + own * begun[None, :]
     acc = tl.trans(acc)
-    heads = n * HQ + head
-    if split < parts:
-        if parts == 1:
-            value = turned_back(acc / mass[:, None], dv[None, :], V_ORDER)
-            at = _place(n, heads, dv, HQ, DV, ORDER)
-            tl.store(out + at, value.to(out.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
-        else:
-            _part(partial, lse, m, mass, acc, heads * SPLITS + split, real, DV)
-            if tl.atomic_add(tickets + (n * HKV + h), 1, sem="acq_rel") == parts - 1:
-                value = _combine(partial, lse, n, h, parts, SPLITS, HQ, HKV, DV, BLOCK_S)
-                value = turned_back(value, tl.arange(0, value.shape[1])[None, :], V_ORDER)
-                _store(out, value, n, h, HQ, HKV, DV, ORDER)
-                tl.store(tickets + (n * HKV + h), 0)
+    _leave(out, partial, lse, tickets, m, mass, acc, head, real, dv, n, h, split, parts, SPLITS, HQ, HKV, DV, BLOCK_S,
+           ORDER, V_ORDER)  # fmt: skip
 
 
 def grid(shape: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int | str, ...]:

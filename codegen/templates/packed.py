@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from llmopt.codegen.templates.small_floats import decoded, encoded, nearest
+from llmopt.compiler.quant.kv import KINDS, TINY
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_TINY = tl.constexpr(2.0**-100)
+_TINY = tl.constexpr(TINY)
 # text that makes pairs of bf16 of a word `w` of codes; int4: 128 + code, int8: code - 128, fp8: the number itself
 _PAIRS = {
     "int4": [
@@ -58,7 +59,6 @@ OF_TWO = {
         ",".join(["=h"] * 4 * len(p) + ["r", "r"]))
     for k, p in _PAIRS.items()
 }  # fmt: skip
-BITS = {"int4": 4, "int8": 8, "fp8": 8}
 OFFSETS = {"int4": 128.0, "int8": -128.0, "fp8": 0.0}  # keys: what an operand's elements are more than the codes
 CENTRES = {"int4": 8.0, "int8": 128.0, "fp8": 0.0}  # values: what they are less
 
@@ -66,7 +66,7 @@ CENTRES = {"int4": 8.0, "int8": 128.0, "fp8": 0.0}  # values: what they are less
 @triton.constexpr_function
 def bits_of(kind):
     """Of a code."""
-    return BITS[kind]
+    return KINDS[kind]
 
 
 @triton.constexpr_function
@@ -90,7 +90,7 @@ def text_of(kind, words):
 @triton.constexpr_function
 def row_words(kind, channels):
     """Words of 32 bits of a row's codes."""
-    return channels * BITS[kind] // 32
+    return channels * KINDS[kind] // 32
 
 
 @triton.constexpr_function

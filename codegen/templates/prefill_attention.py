@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from llmopt.codegen.templates.packed import (
-    BITS,
+    bits_of,
     centre_of,
     in_channels,
     in_order,
@@ -33,7 +33,7 @@ from llmopt.compiler.target import Target
 
 @triton.constexpr_function
 def _channels(size, kind):
-    return row_width(kind, size, 4) * (32 // BITS[kind]) if kind else max(16, triton.next_power_of_2(size))
+    return row_width(kind, size, 4) * (32 // bits_of(kind)) if kind else max(16, triton.next_power_of_2(size))
 
 
 @triton.jit

@@ -193,15 +193,11 @@ def attend_unpacked(
     block_tables: Tensor,
     seq_ids: Tensor,
     positions: Tensor,
-    sinks: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    k_packing: str,
-    v_packing: str,
+    *settings: Any,
 ) -> Tensor:
-    """`attend` by an implementation that reads plain pages: what the tokens may see is unpacked for it into q's dtype,
-    or fp32 if that has fewer bits, so that numbers of few bits are rounded once."""
+    """`attend` with all its arguments by an implementation that reads plain pages: what the tokens may see is unpacked
+    for it into q's dtype, or fp32 if that has fewer bits, so that numbers of few bits are rounded once."""
+    *others, k_packing, v_packing = settings
     size, rows = k_pages.shape[2], seq_ids.unique()
     last = torch.zeros(block_tables.shape[0], dtype=torch.int64, device=q.device)
     last = last.scatter_reduce(0, seq_ids, positions[0] // size, "amax")
@@ -214,7 +210,7 @@ def attend_unpacked(
     wide = torch.promote_types(q.dtype, torch.float32)
     k, v = (_plain_pages(p[used], packing, wide) for p, packing in ((k_pages, k_packing), (v_pages, v_packing)))
     asked = Packing.parse(k_packing).asked(q) if k_packing else q
-    out = attend(asked.to(wide), k, v, tables, seq_ids, positions, sinks, scale, window, softcap)
+    out = attend(asked.to(wide), k, v, tables, seq_ids, positions, *others)
     return (Packing.parse(v_packing).turned_back(out) if v_packing else out).to(q.dtype)
 
 

@@ -8,7 +8,7 @@ large one. Queries get the same rotation, so scores stay what they were; results
 The powers of two that normalise are shared out so that none is rounded: 2^-floor(log2(h)/2) here, the rest there.
 
 Everything is elementwise fp32 arithmetic in a fixed order, divisions and roundings to nearest: kernels do the same and
-get the same bits.
+get the same bits. That order is part of the format, which products with `compiler.hadamard`'s matrices do not have.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ KINDS = {"int4": 4, "int8": 8, "fp8": 8, "nvfp4": 4}  # bits of a code
 WORD = 4  # bytes behind a row's codes: its scale and offset, both bfloat16
 GROUP = 16  # channels that share one of nvfp4's scales
 TINY = 2.0**-100  # the least scale: a constant vector's
-_TEXT = re.compile(r"(int4|int8|fp8|nvfp4)(?:-h([0-9]+))?")
+NONE = "none"
+_TEXT = re.compile(rf"({'|'.join(KINDS)})(?:-h([0-9]+))?")
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,26 @@ class Packing:
         word = torch.cat((scale, offset), -1).bfloat16().view(torch.uint8)
         parts = [_joined(code.to(torch.uint8), self.bits), word, *([] if steps is None else [steps])]
         return torch.cat(parts, -1)
+
+
+def why_no_choice(keys: str, values: str, order: int, rotate: str) -> str | None:
+    """What is wrong with options of a cache (`passes.quantize_kv.QuantizeKV` says what they mean), or None."""
+    for option, seen in (("keys", keys), ("values", values)):
+        if seen not in (*KINDS, NONE):
+            return f"{option} is {seen!r}; wanted one of {', '.join((*KINDS, NONE))}"
+    if rotate not in ("k", "v", "kv", NONE):
+        return f"rotate is {rotate!r}; wanted k, v, kv or none"
+    if order < 0 or order & (order - 1):
+        return f"order is {order}; wanted 0 (the largest there is) or a power of two"
+    return None
+
+
+def packing_for(letter: str, kind: str, order: int, rotate: str, channels: int) -> Packing | None:
+    """How "k" or "v" of heads of so many channels is packed by such options; None: it stays as it is."""
+    if kind == NONE:
+        return None
+    turned = rotate != NONE and letter in rotate
+    return Packing(kind, (order or channels & -channels) if turned else 1)
 
 
 def hadamard_blocks(x: Tensor, order: int) -> Tensor:

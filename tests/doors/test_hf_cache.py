@@ -66,7 +66,7 @@ def test_cropping_takes_the_last_tokens() -> None:
     [
         ({"keys": "int2"}, "keys is 'int2'; wanted one of int4, int8, fp8, nvfp4, none"),
         ({"rotate": "q"}, "rotate is 'q'"),
-        ({"order": 12}, "blocks of 12"),
+        ({"order": 12}, "order is 12; wanted 0"),
     ],
 )
 def test_options_that_are_wrong(options: dict[str, Any], said: str) -> None:
