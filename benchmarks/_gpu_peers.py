@@ -17,9 +17,11 @@ from _gpu_models import Plain, Weights
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from llmopt.compiler.recipe import Recipe
+
 OURS = "llmopt"
 SPARE = 64  # positions a static cache has beyond the prompt
-CACHE = 8 << 30  # bytes of llmopt's, which several recipes have beside each other
+ROOM = 8 << 30  # bytes of llmopt's cache, which several recipes have beside each other
 
 
 @dataclass(frozen=True)
@@ -162,16 +164,17 @@ def compiled(module: nn.Module, mode: str) -> Callable[..., Any]:
     return torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
 
 
-def ours(case: Case, recipe: str = "default") -> Any:
-    """The case's model compiled by llmopt for the machine it is on; once for all cases of a model."""
+def ours(case: Case, recipe: str | Recipe = "default", room: int = ROOM) -> Any:
+    """The case's model compiled by llmopt for the machine it is on, with a cache of at most `room` bytes; once for all
+    cases of a model."""
     import llmopt
 
     key = OURS, recipe
     if key not in case.kept:
         weight = case.model.lm_head.weight
         name = str(weight.dtype).removeprefix("torch.")
-        room = CACHE if weight.device.type == "cuda" else None
-        case.kept[key] = llmopt.compile(case.model, recipe, target=weight.device.type, dtype=name, cache_bytes=room)
+        most = room if weight.device.type == "cuda" else None
+        case.kept[key] = llmopt.compile(case.model, recipe, target=weight.device.type, dtype=name, cache_bytes=most)
     return case.kept[key]
 
 
@@ -193,8 +196,8 @@ class Llmopt:
     need not read for it.
     """
 
-    def __init__(self, case: Case, recipe: str = "default") -> None:
-        self.model = ours(case, recipe)
+    def __init__(self, case: Case, recipe: str | Recipe = "default", room: int = ROOM) -> None:
+        self.model = ours(case, recipe, room)
         options = {k: v for spec in self.model.recipe.passes if spec.name == "quantize" for k, v in spec.options}
         self.scheme, self.scale = str(options.get("weights", "")), str(options.get("scale", "search"))
         figures = [f for p in self.model.report.passes for f in p.stats.figures.values()]

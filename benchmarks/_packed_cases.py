@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _attention_cases import Decode, Heads, constants, hooks
+from _attention_cases import Decode, Heads, constants
 from _gemm_cases import H200
 from torch import Tensor
 
@@ -128,6 +128,3 @@ def packed(pages: Tensor, how: Packing) -> Tensor:
 def unpacked(pages: Tensor, how: Packing) -> Tensor:
     """fp32 [P, H, page, D] of uint8 pages, still rotated."""
     return how.unpack(torch.cat(pages_of(pages, how), -1))
-
-
-__all__ = ["Heads", "PackedDecode", "hooks", "kinds", "packed", "unpacked"]

@@ -57,16 +57,16 @@ def repeated(case: PackedDecode, config: Mapping[str, Any], splits: int) -> int:
 
 
 def packing_row(
-    plain: Decode, packing: str, ours: Callable[[], object], target: Target, whole: bool
+    plain: Decode, packing: str, target: Target, whole: bool
 ) -> tuple[dict[str, Any], Callable[[], object]]:
-    """What one packing's best configuration is and how exact; and its launches. Exits where one is wrong."""
+    """What a packing's configurations take and how exact they are; and launches with the constants that ship. Exits
+    where a result is wrong."""
     case = PackedDecode(plain, *packing.split("/"))
     base = splits_for(plain.batch, LLAMA.HKV, plain.context, target, packed=True)
     bits = max(how.bits for how in case.how)
     shape = {**LLAMA.shape, "PAGE": plain.page, "N": int(decode_shape(plain.batch)), "BITS": bits}
     configs = decode_packed.configs(shape, "bfloat16", target)
     tried: dict[str, float] = {}
-    best: tuple[float, Mapping[str, Any], int] = (float("inf"), configs[0], base)
     unlike, worst = 0, 0.0
     for config in configs if whole else configs[:1]:
         for splits in dict.fromkeys((base, 2 * base, max(1, base // 2)) if whole else (base,)):
@@ -80,16 +80,14 @@ def packing_row(
             worst = max(worst, case.error())
             if not worst <= MOST or unlike:
                 raise SystemExit(f"WRONG: {packing} {name_of(config, splits)}: error {worst}, {unlike} calls unlike")
-            us = times({"": lambda c=config, s=splits: [case.launch(c, s) for _ in range(LAYERS)]}, LAYERS, 6)[""]
-            tried[name_of(config, splits)] = us
-            best = min(best, (us, config, splits), key=lambda row: row[0])
+            run = {"": lambda c=config, s=splits: [case.launch(c, s) for _ in range(LAYERS)]}
+            tried[name_of(config, splits)] = times(run, LAYERS, 6)[""]
     shipped = tuning.pick("decode_packed", shape, "bfloat16", target)
     row = {
         "packing": packing, "bytes": case.bytes, "error": worst, "unlike": unlike, "bytes_unlike": case.stored(),
-        "tried": tried, "best": name_of(*best[1:]), "shipped": name_of(shipped, base),
+        "tried": tried, "timed": name_of(shipped, base),
     }  # fmt: skip
-    return row, lambda: [case.launch(shipped if not whole else best[1], base if not whole else best[2])
-                         for _ in range(LAYERS)]  # fmt: skip
+    return row, lambda: [case.launch(shipped, base) for _ in range(LAYERS)]
 
 
 def attention_case(batch: int, context: int, args: argparse.Namespace, target: Target) -> dict[str, Any]:
@@ -107,7 +105,7 @@ def attention_case(batch: int, context: int, args: argparse.Namespace, target: T
     ours()
     rows, runs = {}, {"bf16": ours}
     for number, packing in enumerate(args.packings):
-        rows[packing], runs[packing] = packing_row(plain, packing, ours, target, number < args.whole)
+        rows[packing], runs[packing] = packing_row(plain, packing, target, number < args.whole)
     flex = {f"flex{p}": attempt(lambda p=p: flex_paged(batch, context, p)) for p in args.flex}
     runs |= {n: (lambda run=run: [run() for _ in range(LAYERS)]) for n, run in flex.items() if not isinstance(run, str)}
     us = times(runs, LAYERS, 12)
@@ -149,7 +147,7 @@ def show(result: Mapping[str, Any]) -> None:
         print(f"{case['batch']}x{case['context']} page {case['page']}: us, GB/s, times bf16")
         for name, us in case["us"].items():
             about = case["packings"].get(name)
-            said = "" if about is None else f"  best {about['best']}, error {about['error']:.1e}"
+            said = "" if about is None else f"  {about['timed']}, error {about['error']:.1e}"
             said += "" if about is None else f", own bytes unlike {about['bytes_unlike']:.1%}"
             rate = case["bytes_per_s"][name]
             print(f"  {name:22s} {us:9.2f} {rate / 1e9:7.0f} {case['us']['bf16'] / us:6.2f}x{said}")

@@ -207,7 +207,8 @@ def main() -> None:
         for kind in ("normal", "4 channels x10", "offset 3"):
             for name in SCORES:
                 if not rows.has(part="scores", keys=kind, packing=name):
-                    rows.add(scores(kind, name), time.perf_counter(), args)
+                    started = time.perf_counter()
+                    rows.add(scores(kind, name), started, args)
     if args.tokens is None:
         sys.exit()
     for model, load in models_of(args.models_dir):

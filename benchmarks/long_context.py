@@ -12,16 +12,16 @@ recipe without rotation.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import _gpu_peers
 import torch
 from _gpu_cases import add_cases, default_out, each_case, has_device, random_case, say, show
 from _gpu_models import Weights, step_bytes
-from _gpu_peers import Case, Llmopt
+from _gpu_peers import Llmopt
 from _gpu_timing import Clock, Denominators, interleaved, kernels, relative_error, summary
 from torch import Tensor
 
@@ -99,16 +99,18 @@ def run(args: argparse.Namespace) -> None:
     def one(model: Any, weights: Weights, about: tuple[str, int, int, dict[str, Any]]) -> None:
         name, batch, context, kept = about
         case = random_case(model, weights, batch, context + 1, False, kept)
-        peers = {}
+        peers, ready = {}, {}
         for text in args.recipes:
-            peers[text] = peer_of(case, text)
-            say(f"  {text}: ready")
+            started = time.perf_counter()
+            peers[text] = Filled(case, recipe_of(text), int(args.cache_gb * 2**30))
+            ready[text] = time.perf_counter() - started
+            say(f"  {text}: ready in {ready[text]:.1f} s")
         errors, clock, rates = gate(peers), Clock(args.device), Denominators(args.device)
         found = interleaved(peers, args.rounds, args.steps, clock, rates)
         rows = [
             {
                 "peer": text, "note": peer.note, "ms": summary(found[text]["ms"]),
-                "host_ms": summary(found[text]["host_ms"]), "error": errors[text], "ready_s": 0.0,
+                "host_ms": summary(found[text]["host_ms"]), "error": errors[text], "ready_s": ready[text],
                 "kv_bytes_per_token": peer.model.cache.bytes_per_page // peer.model.cache.page_size,
                 **kernels(peer, clock),
             }
@@ -127,11 +129,6 @@ def run(args: argparse.Namespace) -> None:
     each_case([args.model], [(args.batch, c) for c in args.ctx], args, one)
 
 
-def peer_of(case: Case, text: str) -> Llmopt:
-    """A recipe's, compiled once for all lengths."""
-    return Filled(case, recipe_of(text))
-
-
 def main() -> None:
     """Measure."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -148,7 +145,6 @@ def main() -> None:
     made.add_argument("--cache-gb", type=float, default=24, help="the most that a recipe's cache may take")
     made.add_argument("--out", type=Path)
     args = made.parse_args()
-    _gpu_peers.CACHE = int(args.cache_gb * 2**30)
     if has_device(args.device):
         with torch.no_grad():
             run(args)

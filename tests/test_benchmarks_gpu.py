@@ -24,13 +24,14 @@ def bench() -> SimpleNamespace:
         import _gpu_timeline as timeline
         import _gpu_timing as timing
         import decode
+        import kv_quality
         import prefill
         import startup
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
     return SimpleNamespace(
         cases=cases, models=models, peers=peers, timeline=timeline, timing=timing, decode=decode, prefill=prefill,
-        startup=startup,
+        startup=startup, kv_quality=kv_quality,
     )  # fmt: skip
 
 
@@ -312,3 +313,19 @@ def test_tables_are_made_from_results(tmp_path: Path, monkeypatch: pytest.Monkey
     assert text.count("| m | 1 |") == 3
     assert "| m | 1 x 2048 | 4.0 ms | 5.20 ms, 1.30x | - |" in text
     assert "without any compiler: 2.0 s, and 4.0 s to read and check 16 GB" in text
+
+
+@torch.no_grad()
+def test_biases_that_no_score_sees(bench: SimpleNamespace) -> None:
+    from transformers import AutoModelForCausalLM
+
+    without, wide = (
+        bench.kv_quality.with_biases(
+            AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "models" / "pico-llama-4m", dtype=torch.float64),
+            times,
+        ).double()
+        for times in (0.0, 30.0)
+    )
+    assert all(layer.self_attn.k_proj.bias.abs().max() > 10 for layer in wide.model.layers)
+    ids = torch.arange(300)[None] % wide.config.vocab_size
+    torch.testing.assert_close(wide(ids).logits, without(ids).logits, atol=1e-9, rtol=1e-9)

@@ -11,14 +11,14 @@ from lowbit_steps import of_a_prompt
 from torch import Tensor
 
 import llmopt
-from llmopt.compiler.errors import InputError, PassMatchedNothing, RecipeError
+from llmopt.compiler.errors import InputError, PassMatchedNothing, PassOrderError, RecipeError
 from llmopt.compiler.ops.attention import attend, kv_write
 from llmopt.compiler.pipeline import Context, Pipeline
 from llmopt.compiler.program import Program
 from llmopt.compiler.quant.kv import Packing
 from llmopt.compiler.recipe import RECIPES, PassSpec, Recipe
 from llmopt.compiler.target import Target
-from llmopt.passes import PASSES, Canonicalize, InsertKVCache, QuantizeKV, RaiseAten
+from llmopt.passes import Canonicalize, InsertKVCache, QuantizeKV, RaiseAten
 from llmopt.runtime.engine import SamplingParams
 
 
@@ -144,4 +144,9 @@ def test_reading_other_sequences_pages_is_never_needed() -> None:
 
 
 def test_the_pass_stands_behind_the_cache() -> None:
-    assert "cached" in PASSES["quantize-kv"].requires
+    first = PassSpec.of("quantize-kv")
+    passes = RECIPES["int4-kv"].passes
+    before = [p for p in passes if p.name != "quantize-kv"]
+    before.insert([p.name for p in before].index("insert-kv-cache"), first)
+    with pytest.raises(PassOrderError, match=r"quantize-kv.*cached"):
+        llmopt.compile(tiny("llama"), Recipe("made", tuple(before)), target="cpu:generic")
