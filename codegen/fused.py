@@ -5,12 +5,14 @@ one kernel:
 
     gemm       y = EPILOGUE(W . NORM(x))       gemv for one token, else gemm; lowbit where W has few bits
     attention  q, k, v made from the products before, k and v stored, attend      decode_attention
+    rotation   y = rotate(x)                           rotated, in class "many", too
     rows       everything without an anchor    rows
 
 Class "many" is any other step: the product is torch's (cuBLAS, low-bit weights decoded first), attention works on
 tiles of queries, and what stands before and behind them are kernels over rows.
 
-A product whose activations are rounded, too, is two kernels in every class: `rounded` and `scaled`.
+A product whose activations are rounded, too, is two kernels in every class: `rounded` (or `rotated_codes`, which turns
+them first) and `scaled`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Mapping
 from llmopt.codegen.fused_attention import attention, many_attention
 from llmopt.codegen.fused_product import many_product, product
 from llmopt.codegen.fused_region import FusedRegion
+from llmopt.codegen.fused_rotation import rotation
 from llmopt.codegen.fused_scaled import MANY_TOKENS, is_scaled, scaled_product
 from llmopt.codegen.kernel import RegionCode
 from llmopt.compiler.errors import BuildError, EmitError
@@ -34,12 +37,15 @@ def region_code(graph: Graph, shape: str, target: Target, ordered: Mapping[str, 
     Raises BuildError: no template takes it as it is."""
     region = FusedRegion.of(graph, target, ordered)
     try:
+        tokens = MANY_TOKENS if shape == MANY else int(shape)
         if list(region.graph.calls("attend")):
-            many_attention(region) if shape == MANY else attention(region, int(shape))
+            many_attention(region) if shape == MANY else attention(region, tokens)
         elif any(map(is_scaled, region.products())):
-            scaled_product(region, MANY_TOKENS if shape == MANY else int(shape))
+            scaled_product(region, tokens)
         elif region.products():
-            many_product(region) if shape == MANY else product(region, int(shape))
+            many_product(region) if shape == MANY else product(region, tokens)
+        elif list(region.graph.calls("rotate")):
+            rotation(region, region.result(), "out0", tokens)
         else:
             _rows(region)
     except EmitError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -173,6 +173,11 @@ def call_of(
         pdl=bool(constants.get("PDL")),
     )
     return Call(tuple(value for _, _, value in there), kernel, template_of(template).grid(sizes, config))
+
+
+def for_tokens(tokens: str, call: Call) -> Call:
+    """The call with a grid for these tokens, which templates call N."""
+    return replace(call, grid=tuple(size if isinstance(size, int) else size.replace("N", tokens) for size in call.grid))
 
 
 def calls_any(node: fx.Node, names: Collection[str]) -> bool:

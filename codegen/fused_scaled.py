@@ -1,4 +1,5 @@
-"""Products of low-bit weights with activations in the same format: one kernel rounds x, with its norm, one multiplies.
+"""Products of low-bit weights with activations in the same format: one kernel rounds x, with its norm or its
+rotation, one multiplies.
 
 They serve decoding and prompts alike, where the target has instructions for such products; see `emittable.SCALED`. What
 the kernels' hooks do not take is made by kernels over rows before or behind them, and noted.
@@ -7,7 +8,6 @@ the kernels' hooks do not take is made by kernels over rows before or behind the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ from llmopt.codegen.fused_region import (
     call_of,
     calls_any,
     config_of,
+    for_tokens,
     operand,
     passed,
     scratch_of,
     template_of,
     type_of,
 )
+from llmopt.codegen.fused_rotation import rotation, signs_of, sizes_of
 from llmopt.codegen.kernel import Buffer, Call, Prepared, Scalar
 from llmopt.codegen.printer import Operands
 from llmopt.codegen.scaled_layout import ROWS, constants, padded
@@ -70,6 +72,8 @@ def _rounded(
 ) -> dict[str, str | None]:
     """Add the kernel that rounds x; where codes, scales and global scales are, by their names in the next kernel."""
     kind, count = _scheme(linear), region.tokens(linear)
+    if calls_any(x, {"rotate"}) and x not in region.stored:
+        return _turned(region, linear, x, tokens)
     sizes = {"K": columns(linear), "KP": padded(kind, columns(linear)), "NORM": int(norm is not None), "N": tokens}
     config = config_of(region, "rounded:rounded", sizes, kind.name)
     operands = Operands()
@@ -77,27 +81,58 @@ def _rounded(
         "LOAD_X": load_x_hook(operands, x, region.stored),
         "LOAD_G": None if norm is None else load_g_hook(operands, norm, region.stored),
     }
+    made, arguments, told = _codes(region, linear, tokens)
+    told |= {
+        "NORM": sizes["NORM"],
+        "TWICE": int(norm is not None and _rounds_twice(norm)),
+        "EPS": 0.0 if norm is None else float(norm.args[2]),  # type: ignore[arg-type]
+    }
+    call = call_of("rounded:rounded", sizes, config, [*arguments, *passed(region, operands)], told, hooks)
+    region.calls.append(for_tokens(count, call))
+    return made
+
+
+def _turned(region: FusedRegion, linear: fx.Node, x: fx.Node, tokens: int) -> dict[str, str | None]:
+    """As `_rounded` for a `rotate`, which the same kernel computes; where it cannot, one ahead of it does."""
+    kind, count = _scheme(linear), region.tokens(linear)
+    own = sizes_of(x)
+    more = {"K": columns(linear), "KP": padded(kind, columns(linear)), "GROUP": kind.group, "N": tokens}
+    sizes = {**own, **more, "FACTORS": int(kind.has_global)}
+    try:
+        config = config_of(region, "rotated_codes:rotated_codes", sizes, kind.name)
+    except EmitError as error:
+        region.notes.append(f"rotated by a kernel ahead of the one that rounds: {error}")
+        place = region.temporary(region.buffer(x))
+        rotation(region, x, place, tokens)
+        region.stored[x] = place
+        return _rounded(region, linear, x, None, tokens)
+    operands = Operands()
+    hooks = {"LOAD_X": load_x_hook(operands, x.args[0], region.stored)}  # type: ignore[arg-type]
+    made, arguments, told = _codes(region, linear, tokens)
+    arguments = [*signs_of(region, x), *arguments, *passed(region, operands)]
+    call = call_of("rotated_codes:rotated_codes", sizes, config, arguments, {**told, **own}, hooks)
+    region.calls.append(for_tokens(count, call))
+    return made
+
+
+def _codes(
+    region: FusedRegion, linear: fx.Node, tokens: int
+) -> tuple[dict[str, str | None], list[Argument], dict[str, Scalar]]:
+    """Temporaries for what a kernel rounds, by their names in the next kernel; they as arguments; what it is told."""
+    kind, count = _scheme(linear), region.tokens(linear)
+    width = padded(kind, columns(linear))
     tiled = template_of("scaled:scaled").tiled(tokens, region.target)
     rows = f"cdiv({count}, {ROWS}) * {ROWS}" if tiled else count
     made = {
-        "x": region.temporary(Buffer((count, sizes["KP"] * kind.element.bits // 8), "uint8")),
-        "x_scales": region.temporary(Buffer((rows, sizes["KP"] // kind.group), "uint8")),
+        "x": region.temporary(Buffer((count, width * kind.element.bits // 8), "uint8")),
+        "x_scales": region.temporary(Buffer((rows, width // kind.group), "uint8")),
         "x_factor": region.temporary(Buffer((count,), "float32")) if kind.has_global else None,
     }
     places = zip(("codes", "scales", "factor"), ("*u8", "*u8", "*fp32"), made.values(), strict=True)
     arguments: list[Argument] = [(name, None if at is None else type_, at) for name, type_, at in places]
-    told: dict[str, Scalar] = {
-        **constants(kind, sizes["K"]),
-        "K": sizes["K"],
-        "NORM": sizes["NORM"],
-        "TWICE": int(norm is not None and _rounds_twice(norm)),
-        "EPS": 0.0 if norm is None else float(norm.args[2]),  # type: ignore[arg-type]
-        "TILED": int(tiled),
-        "PDL": region.pdl,
-    }
-    call = call_of("rounded:rounded", sizes, config, [*arguments, *passed(region, operands)], told, hooks)
-    region.calls.append(_for(count, call))
-    return made
+    told: dict[str, Scalar] = {"K": columns(linear), "TILED": int(tiled), "PDL": region.pdl}
+    told |= constants(kind, columns(linear))
+    return made, arguments, told
 
 
 def _rounds_twice(norm: fx.Node) -> bool:
@@ -135,7 +170,7 @@ def _product(
         "TILED": int(template_of("scaled:scaled").tiled(tokens, region.target)),
         "PDL": region.pdl,
     }
-    return _for(count, call_of("scaled:scaled", sizes, config, arguments, told, {"EPILOGUE": epilogue}))
+    return for_tokens(count, call_of("scaled:scaled", sizes, config, arguments, told, {"EPILOGUE": epilogue}))
 
 
 def _weight(region: FusedRegion, linear: fx.Node) -> list[Argument]:
@@ -161,8 +196,3 @@ def _codes_type(kind: Scheme) -> str:
 
 def _scales_type(kind: Scheme) -> str:
     return "*fp8e4nv" if kind.scale == "e4m3" else "*u8"
-
-
-def _for(tokens: str, call: Call) -> Call:
-    """The call with a grid for these tokens, which templates call N."""
-    return replace(call, grid=tuple(size if isinstance(size, int) else size.replace("N", tokens) for size in call.grid))

@@ -25,7 +25,7 @@ from llmopt.compiler.quant.schemes import scheme_of
 from llmopt.compiler.target import Target
 
 Spot = tuple[str, str]  # a region and one of its arguments: `in0`, `out0`
-WRITERS = ("lowbit:lowbit", "decode_attention:decode_attention")
+WRITERS = ("lowbit:lowbit", "decode_attention:decode_attention", "rotated:rotated")
 
 
 def handed_over(

@@ -111,6 +111,16 @@ def why_no_product(product: fx.Node, features: Collection[str]) -> str | None:
     return None
 
 
+def why_no_rotation(rotate: fx.Node) -> str | None:
+    """None if the template of rotations takes this one, else the reason."""
+    shape, dtype = rotate.meta["val"].shape, str(rotate.meta["val"].dtype).removeprefix("torch.")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        return f"dtype {dtype}: wanted bfloat16, float16 or float32"
+    if sum(not isinstance(size, int) for size in shape) != 1 or not isinstance(shape[-1], int):
+        return f"its shape is {list(shape)}; wanted one size that differs from step to step, and not the last"
+    return None
+
+
 def reduced(node: fx.Node) -> int | None:
     """The length of the last axis if this node reduces it; None for another op."""
     if op_name(node) not in REDUCTIONS:

@@ -111,7 +111,9 @@ def _kernel_label(region: Region, target: Target) -> str | None:
     names = {target_name(n) for n in region.nodes}
     if any(reason_against(n, target) is not None for n in region.nodes if not is_view(n)):
         return None
-    return "attention" if "attend" in names else "gemm" if names & PRODUCTS.keys() else "rows"
+    if names & PRODUCTS.keys():
+        return "gemm"
+    return next((kind for op, kind in (("attend", "attention"), ("rotate", "rotation")) if op in names), "rows")
 
 
 def _put(graph: Graph, regions: Sequence[Region], labelled: Sequence[tuple[Region, str]]) -> dict[str, Graph]:

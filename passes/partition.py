@@ -1,8 +1,8 @@
 """Which nodes of a step share a kernel: a partition of its dataflow under a cost model.
 
-Products and attentions are anchors, each the middle of a kernel of its own; norms and pointwise nodes join the anchor
-behind or before them, and what is left forms kernels over rows. Views are no kernel's work: an edge leads from the op
-that makes a tensor to the op that reads it through whatever views.
+Products, attentions and rotations are anchors, each the middle of a kernel of its own; norms and pointwise nodes join
+the anchor behind or before them, and what is left forms kernels over rows. Views are no kernel's work: an edge leads
+from the op that makes a tensor to the op that reads it through whatever views.
 
 Kernels must not wait for each other in a circle. Whatever a kernel reads of others is made, in the order of the graph,
 before all that others read of it (`_is_interval`). So a kernel has a place in that order, between the two, and the
@@ -26,13 +26,16 @@ from llmopt.compiler.emittable import (
     POINTWISE,
     PRODUCTS,
     REDUCTIONS,
+    argument,
     attention_shape,
+    is_product,
     op_name,
     packings_of,
     weight_of,
     why_no_attention,
     why_no_packing,
     why_no_product,
+    why_no_rotation,
     why_not,
 )
 from llmopt.compiler.graph import Graph
@@ -48,7 +51,8 @@ HORIZON = 24  # nodes tried behind a product
 
 @dataclass
 class Kernel:
-    """Nodes computed by one kernel, in graph order; `kind` is gemm, attention, rows, or torch for a node alone."""
+    """Nodes computed by one kernel, in graph order; `kind` is gemm, attention, rotation, rows, or torch for a node
+    alone."""
 
     kind: str
     nodes: list[fx.Node]
@@ -122,7 +126,12 @@ def _not_write(node: fx.Node) -> str | None:
     return _not_attend(attends[0]) if attends else "nothing attends to its pages"
 
 
-_ANCHORS = {"attend": _not_attend, "kv_write": _not_write}
+def _not_rotate(node: fx.Node) -> str | None:
+    given = all(isinstance(n, fx.Node) and _is_given(n) for n in node.args[1:3])
+    return why_no_rotation(node) if given else "its matrices are computed"
+
+
+_ANCHORS = {"attend": _not_attend, "kv_write": _not_write, "rotate": _not_rotate}
 
 
 def _is_double(node: fx.Node) -> bool:
@@ -151,15 +160,23 @@ class _Partition:
         self.hidden = set(words).union(*(nx.descendants(self.flow, n) for n in words))
         self.against = {n: reason_against(n, target) for n in self.units}
         self.free = {n for n in self.units if self.against[n] is None and op_name(n) not in (*PRODUCTS, *_ANCHORS)}
+        self.turned: set[fx.Node] = set()  # rotations in the kernel that rounds what they make
         self.made: list[Kernel] = []
 
     def kernels(self) -> list[Kernel]:
-        """Attention first, then products, their results before their operands, then rows."""
-        anchors = [n for n in self.units if op_name(n) in ("attend", *PRODUCTS) and self.against[n] is None]
+        """Attention first, then rotations and products, their results before their operands, then rows."""
+        anchors = [n for n in self.units if op_name(n) in ("attend", "rotate", *PRODUCTS) and self.against[n] is None]
         for node in anchors:
             if op_name(node) == "attend":
                 self._add("attention", self._attention(node))
         products = [n for n in anchors if op_name(n) in PRODUCTS]
+        rounded = {base(n.args[0]) for n in products if argument(n, "activations", "")}  # type: ignore[arg-type]
+        for node in anchors:
+            if op_name(node) == "rotate":
+                if node in rounded and node not in self.final and self.flow.out_degree(node) == 1:
+                    self.turned.add(node)
+                else:
+                    self._add("rotation", self._grown([node], [node], node.args[0]))  # type: ignore[arg-type]
         joined = {n: self._behind(n) for n in reversed(products)}
         for node in products:
             self._add("gemm", self._before(node, joined[node]))
@@ -245,20 +262,22 @@ class _Partition:
         product, last = inside[0], inside[-1]
         parts = {s for n in inside[1:] for s in n.all_input_nodes if base(s) is product}
         # x and the norm's weight come on top
-        few = len(self._operands(product, inside)) - 1 <= OPERANDS["gemm"] - 2
+        few = len(self._operands(inside)) - 1 <= OPERANDS["gemm"] - 2
         one = self._results(inside) == [last] and len(parts) <= 2
         return one and few and self._is_interval(inside) and self._pays(inside[:best], inside[best:])
 
-    def _operands(self, product: fx.Node, inside: Collection[fx.Node]) -> list[fx.Node]:
+    def _operands(self, inside: Collection[fx.Node]) -> list[fx.Node]:
         """What the kernel's hooks read."""
-        weight = {base(n) for n in weight_of(product)}
-        return [n for n in self._reads(inside) if n not in weight]
+        held = {base(n) for anchor in inside for n in _matrices(anchor)}
+        return [n for n in self._reads(inside) if n not in held]
 
     def _before(self, product: fx.Node, behind: list[fx.Node]) -> list[fx.Node]:
         """The kernel with what makes the product's operand: one norm, casts of its result, pointwise nodes before."""
-        start = base(product.args[0])  # type: ignore[arg-type]
-        shape = _rows_and_width(product.args[0])  # type: ignore[arg-type]
-        front, node = [product], start
+        start: fx.Node = product.args[0]  # type: ignore[assignment]
+        shape, node = _rows_and_width(start), base(start)
+        if node in self.turned:
+            return self._grown([product, node], behind, node.args[0])  # type: ignore[arg-type]
+        front = [product]
         while op_name(node) in CASTS and self._joins(node, front):
             front.append(node)
             node = base(node.args[0])  # type: ignore[arg-type]
@@ -267,16 +286,23 @@ class _Partition:
         given = all(_is_given(n) for n in node.args[1:2] if isinstance(n, fx.Node))
         if norm and given and self._pays(behind, [*front[1:], node]):
             front.append(node)
-            start = base(node.args[0])  # type: ignore[arg-type]
+            start = node.args[0]  # type: ignore[assignment]
         else:
             front = [product]
-        pending = {start} & set(self.units)
+        return self._grown(front, behind, start, shape)
+
+    def _grown(
+        self, front: list[fx.Node], behind: list[fx.Node], start: fx.Node, shape: tuple[str, str] | None = None
+    ) -> list[fx.Node]:
+        """A kernel, its anchor first in `front`, with the pointwise nodes that make `start`, which it reads."""
+        shape = shape or _rows_and_width(start)
+        pending = {base(start)} & set(self.units)
         while pending:
             node = max(pending, key=self.at.__getitem__)
             pending.remove(node)
             inside = [*behind, *front[1:]]
-            fits = self._joins(node, front) and _is_pointwise(node) and _rows_and_width(node) == shape
-            few = len(self._operands(product, [*inside, node])) <= OPERANDS["gemm"]
+            fits = self._joins(node, front) and op_name(node) in POINTWISE and _rows_and_width(node) == shape
+            few = len(self._operands([*inside, node])) <= OPERANDS["gemm"]
             if fits and few and self._pays(inside, [node]):
                 front.append(node)
                 pending |= set(self.flow.predecessors(node))
@@ -312,6 +338,13 @@ class _Partition:
         results = self._results(nodes)
         few = len(results) <= OUTPUTS and len(self._reads(nodes)) <= OPERANDS["rows"]
         return few and _alike(results) and self._is_interval(nodes) and (len(parts) == 1 or self._pays(*parts))
+
+
+def _matrices(anchor: fx.Node) -> list[fx.Node]:
+    """What a kernel reads by itself, by no hook."""
+    if op_name(anchor) == "rotate":
+        return [n for n in anchor.args[1:3] if isinstance(n, fx.Node)]
+    return weight_of(anchor) if is_product(anchor) else []
 
 
 def _is_pointwise(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from llmopt.codegen.kernel import Prepared
 from llmopt.codegen.lowbit_layout import lay
+from llmopt.codegen.rotation_layout import lay_signs
 from llmopt.codegen.scaled_layout import lay_scaled
 from llmopt.compiler.emittable import is_product, weight_of
 from llmopt.compiler.graph import target_name
@@ -23,7 +24,7 @@ from llmopt.runtime.executor import no_room
 from llmopt.runtime.gpu_code import MANY, GpuCode
 
 # what makes a form: called with tensors, then constants by name; its results are attributes
-FORMS: Mapping[str, Callable[..., Any]] = {"lowbit": lay, "scaled": lay_scaled}
+FORMS: Mapping[str, Callable[..., Any]] = {"lowbit": lay, "rotation": lay_signs, "scaled": lay_scaled}
 
 # by the first tensor that a form is made of: the others are parts of the same weight
 _MADE: MutableMapping[Tensor, dict[tuple[Any, ...], list[Tensor | None]]] = WeakTensorKeyDictionary()
@@ -65,6 +66,10 @@ def _is_low_bit(product: fx.Node, part: fx.Node) -> bool:
     return found and part in weight_of(product) and part not in (product.args[0], *product.args[5:])
 
 
+def _is_prepared_for(node: fx.Node) -> bool:
+    return target_name(node) in ("quantized_linear", "rotate")
+
+
 @torch.inference_mode()
 def prepare_weights(code: GpuCode, weights: Mapping[str, Tensor], device: torch.device) -> None:
     """Make all forms there are: before a graph is captured, and before the cache is given what memory is left.
@@ -72,7 +77,7 @@ def prepare_weights(code: GpuCode, weights: Mapping[str, Tensor], device: torch.
     Raises DeviceMemoryError.
     """
     for node in code.program.graph("step").fx.nodes:
-        if node.op != "call_module" or not any(code.program.graph(str(node.target)).calls("quantized_linear")):
+        if node.op != "call_module" or not any(map(_is_prepared_for, code.program.graph(str(node.target)).calls())):
             continue
         inputs = [weights.get(str(n.target)) if isinstance(n, fx.Node) else None for n in node.args]
         for item in code.code(str(node.target), MANY).prepared:

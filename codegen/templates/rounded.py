@@ -70,10 +70,16 @@ def _token_scales(
         for start in range(0, K, BLOCK):
             x = _seen(m, start + column, scale, e0, e1, e2, e3, e4, e5, K, NORM, TWICE, LOAD_X, LOAD_G)
             largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-        size = (tl.full([1], 0, tl.int32) + tl.max(largest)).to(tl.float32, bitcast=True)
-        reach = tl.full([1], 448.0 * bits_of(ELEMENT)[2], tl.float32)
-        unit = tl.where(size > 0, tl.maximum(_divided(size, reach), _TINY), 1.0)
+        unit = global_scale(tl.max(largest), ELEMENT)
     return scale, unit
+
+
+@triton.jit
+def global_scale(largest, ELEMENT: tl.constexpr):
+    """[1] of a token whose largest element has these bits."""
+    size = (tl.full([1], 0, tl.int32) + largest).to(tl.float32, bitcast=True)
+    reach = tl.full([1], 448.0 * bits_of(ELEMENT)[2], tl.float32)
+    return tl.where(size > 0, tl.maximum(_divided(size, reach), _TINY), 1.0)
 
 
 @triton.jit
@@ -100,6 +106,30 @@ def _held(units, step, ELEMENT: tl.constexpr):
     most = tl.where(most * step > _MOST, lower, most)
     most = tl.where(step > _MOST / MAX, most, MAX)[:, None]
     return tl.minimum(tl.maximum(units, -most), most)
+
+
+@triton.jit
+def store_codes(
+    x, group, ok, m, unit, codes, scales, ELEMENT: tl.constexpr, GROUP: tl.constexpr, FACTORS: tl.constexpr,
+    KP: tl.constexpr, TILED: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of the groups `group` [COUNT] of token m, x [COUNT, GROUP] in fp32 as bf16 holds it."""
+    code, step = _group_scales(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), unit, ELEMENT, FACTORS)
+    if TILED:
+        spot = ((m // 128) * (KP // GROUP // 4) + group // 4) * 512 + m % 32 * 16 + m % 128 // 32 * 4 + group % 4
+    else:
+        spot = m * (KP // GROUP) + group
+    tl.store(scales + spot, code.to(tl.uint8), mask=ok)
+    units = _held(_divided(x, step[:, None]), step, ELEMENT)
+    value = encoded(nearest(units, ELEMENT), ELEMENT)
+    if ELEMENT == "e2m1":
+        BYTES: tl.constexpr = GROUP // 2
+        low, high = tl.split(tl.reshape(value, [x.shape[0], BYTES, 2]))
+        byte = group[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+        tl.store(codes + m * (KP // 2) + byte, (low | (high << 4)).to(tl.uint8), mask=ok[:, None])
+    else:
+        byte = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        tl.store(codes + m * KP + byte, value.to(tl.uint8), mask=ok[:, None])
 
 
 @triton.jit
@@ -130,23 +160,11 @@ def rounded(
     x = _seen(token, first + column, scale, e0, e1, e2, e3, e4, e5, K, NORM, TWICE, LOAD_X, LOAD_G)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    x = tl.reshape(x, [COUNT, GROUP])
-    code, step = _group_scales(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), unit, ELEMENT, FACTORS)
     group = first // GROUP + tl.arange(0, COUNT)
-    if TILED:
-        spot = ((m // 128) * (KP // GROUP // 4) + group // 4) * 512 + m % 32 * 16 + m % 128 // 32 * 4 + group % 4
-    else:
-        spot = m * (KP // GROUP) + group
-    tl.store(scales + spot, code.to(tl.uint8), mask=group < KP // GROUP)
-    units = _held(_divided(x, step[:, None]), step, ELEMENT)
-    value = encoded(nearest(units, ELEMENT), ELEMENT)
-    if ELEMENT == "e2m1":
-        low, high = tl.split(tl.reshape(value, [BLOCK // 2, 2]))
-        byte = first // 2 + tl.arange(0, BLOCK // 2)
-        tl.store(codes + m * (KP // 2) + byte, (low | (high << 4)).to(tl.uint8), mask=byte < KP // 2)
-    else:
-        byte = first + tl.arange(0, BLOCK)
-        tl.store(codes + m * KP + byte, tl.reshape(value, [BLOCK]).to(tl.uint8), mask=byte < KP)
+    store_codes(
+        tl.reshape(x, [COUNT, GROUP]), group, group < KP // GROUP, m, unit, codes, scales, ELEMENT, GROUP, FACTORS, KP,
+        TILED,
+    )  # fmt: skip
     if FACTORS:
         one = tl.arange(0, 1)
         tl.store(factor + m + one, unit, mask=one == tl.program_id(1))

@@ -1,0 +1,59 @@
+"""The templates `rotated` and `rotated_codes` compiled for GPUs that are not there, and the machine code for sm_90."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import ISAS
+from rotated_cases import Case
+from sass import machine_code, names
+
+from llmopt.codegen import cubin
+from llmopt.codegen.templates import rotated, rotated_codes
+from llmopt.compiler.target import Target
+
+pytestmark = pytest.mark.xcompile
+
+H200 = Target.parse("cuda:sm_90")
+DOWN = Case(14336, gated=True)  # 112 * 128: what an 8B model's down projections read
+CASES = [DOWN, Case(128, 32), Case(28672)]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: str(c.order))
+def test_it_compiles_and_nothing_spills(isa: str, case: Case) -> None:
+    target = Target.parse(f"cuda:{isa}")
+    for tokens in (1, 1024):
+        config = rotated.configs(case.sizes(tokens), "bfloat16", target)[0]
+        assert cubin.compile_kernel(case.rotated(config, pdl="pdl" in target.features), target).spills == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_dtypes_compile(dtype: torch.dtype) -> None:
+    case = Case(560, dtype=dtype)
+    config = rotated.configs(case.sizes(1), str(dtype).removeprefix("torch."), H200)[0]
+    assert cubin.compile_kernel(case.rotated(config), H200).spills == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 1024])
+def test_all_choices_compile_and_multiply_on_tensor_cores(tokens: int) -> None:
+    for case in (DOWN, Case(128, 32)):
+        for config in rotated.configs(case.sizes(tokens), "bfloat16", H200):
+            made = cubin.compile_kernel(case.rotated(config, pdl=True), H200)
+            found = names(machine_code(made.data))
+            assert made.spills == 0, config
+            assert found["HGMMA"] or found["HMMA"], config
+
+
+@pytest.mark.parametrize("isa", ["sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp8"])
+def test_rounding_behind_it_compiles(isa: str, scheme: str) -> None:
+    target = Target.parse(f"cuda:{isa}")
+    for case in (DOWN, Case(128, 32), Case(4096)):
+        sizes = case.codes_sizes(scheme, 1)
+        if isa == "sm_120" and case is DOWN:
+            assert "a tile has 16384 elements; at most 4096" in str(rotated_codes.supports(sizes, scheme, target))
+        else:
+            config = rotated_codes.configs(sizes, scheme, target)[0]
+            made = cubin.compile_kernel(case.rotated_codes(scheme, config, tiled=True, pdl=True), target)
+            assert made.spills == 0, (case, config)
