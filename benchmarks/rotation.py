@@ -49,6 +49,11 @@ def swiglu(m, k, ok, e0, e1, e2, e3, e4, e5):
     return gate * tl.sigmoid(gate) * tl.load(e0 + m * (2 * K) + K + k, mask=ok, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def alone(m, k, ok, e0, e1, e2, e3, e4, e5):
+    return tl.load(e0 + m * WIDTH + k, mask=ok, other=0.0).to(tl.float32)
+
+
 WIDTH = tl.constexpr(14336)
 
 
@@ -64,6 +69,7 @@ class Compiled:
     """A kernel to be compiled without tensors, for `_gemm_cases.compile_all`."""
 
     config: tuple[tuple[str, Any], ...]
+    gated: bool
 
     def compile(self) -> None:
         """Into Triton's cache."""
@@ -71,27 +77,27 @@ class Compiled:
 
         i, x = MockTensor(torch.int8), MockTensor(torch.bfloat16)
         given = (i, i, x, x, None, None, None, None, None, 1)
-        rotated.rotated.warmup(*given, grid=(1, 1), **constants(dict(self.config)))
+        rotated.rotated.warmup(*given, grid=(1, 1), **constants(dict(self.config), self.gated))
 
 
-def constants(config: Mapping[str, Any]) -> dict[str, Any]:
+def constants(config: Mapping[str, Any], gated: bool) -> dict[str, Any]:
     """Every constant of the kernel, and how it is launched."""
     shape = {name: size for name, size in shape_of(1).items() if name != "N"}
-    return {**shape, "INNER": WIDTH.value, "ORDER": 0, "LOAD_X": swiglu, "PDL": True, "launch_pdl": True, **config}
+    more = {"INNER": WIDTH.value, "ORDER": 0, "LOAD_X": swiglu if gated else alone, "PDL": True, "launch_pdl": True}
+    return {**shape, **more, **config}
 
 
 def name_of(config: Mapping[str, Any]) -> str:
-    """`32 columns x1, 8 warps`."""
-    stages = f", {config['num_stages']} stages" if config["num_stages"] > 1 else ""
-    return f"{config['SLICE']} columns x{config['REPEAT']}, {config['num_warps']} warps{stages}"
+    """`32 columns x1, 8 warps, 1 stages`."""
+    return f"{config['SLICE']} columns x{config['REPEAT']}, {config['num_warps']} warps, {config['num_stages']} stages"
 
 
 class Turned:
-    """Gates and ups [N, 2 K] that are to be multiplied and turned."""
+    """Gates and ups [N, 2 K] that are to be multiplied and turned, or what is to be turned [N, K]."""
 
-    def __init__(self, tokens: int) -> None:
-        make = torch.Generator("cuda").manual_seed(0)
-        self.x = torch.randn(tokens, 2 * WIDTH.value, device="cuda", generator=make).bfloat16()
+    def __init__(self, tokens: int, gated: bool) -> None:
+        make, self.gated = torch.Generator("cuda").manual_seed(0), gated
+        self.x = torch.randn(tokens, (1 + gated) * WIDTH.value, device="cuda", generator=make).bfloat16()
         self.y = torch.empty(tokens, WIDTH.value, device="cuda", dtype=torch.bfloat16)
         self.factors = [f.cuda() for f in Rotation(WIDTH.value).factors]
         self.signs = lay_signs(*(f.float() for f in self.factors))
@@ -101,21 +107,23 @@ class Turned:
         tokens = len(self.x)
         grid = tuple(evaluate(g, {"N": tokens}) for g in rotated.grid(shape_of(tokens), config))
         given = (self.signs.left, self.signs.right, self.y, self.x, None, None, None, None, None, tokens)
-        rotated.rotated[grid](*given, **constants(config))
+        rotated.rotated[grid](*given, **constants(config, self.gated))
 
     def wanted(self) -> Tensor:
         """In fp64, of gated values in bf16."""
-        gate, up = self.x.double().chunk(2, -1)
-        gated = (F.silu(gate) * up).bfloat16().double().unflatten(-1, tuple(map(len, self.factors)))
-        return (self.factors[0].T @ (gated @ self.factors[1])).flatten(-2)
+        x = self.x.double()
+        if self.gated:
+            gate, up = x.chunk(2, -1)
+            x = (F.silu(gate) * up).bfloat16().double()
+        return Rotation(WIDTH.value).turned(x)
 
     def plain(self, turn: bool) -> Callable[[], object]:
         """Inductor's, with or without the rotation."""
         left, right = (f.bfloat16() for f in self.factors)
 
         def run(x: Tensor) -> Tensor:
-            gate, up = x.chunk(2, -1)
-            gated = F.silu(gate) * up
+            gate, up = x.chunk(2, -1) if self.gated else (x, x)
+            gated = F.silu(gate) * up if self.gated else x
             return (left.T @ (gated.unflatten(-1, (len(left), len(right))) @ right)).flatten(-2) if turn else gated
 
         compiled = torch.compile(run, fullgraph=True, dynamic=False)
@@ -136,26 +144,25 @@ def checked(case: Turned, config: Mapping[str, Any], want: Tensor) -> float:
     return error
 
 
-def one(tokens: int, target: Target) -> dict[str, Any]:
+def one(tokens: int, gated: bool, target: Target) -> dict[str, Any]:
     """All contenders for so many tokens."""
     torch.compiler.reset()
-    case, shape = Turned(tokens), shape_of(tokens)
-    want = case.wanted()
-    errors = {name_of(c): checked(case, c, want) for c in rotated.configs(shape, "bfloat16", target)}
-    shipped = tuning.pick("rotated", shape, "bfloat16", target)
+    case, shape = Turned(tokens, gated), shape_of(tokens)
+    want, configs = case.wanted(), rotated.configs(shape, "bfloat16", target)
+    errors = {name_of(c): checked(case, c, want) for c in configs}
     runs: dict[str, Callable[[], object]] = {
-        name_of(c): lambda c=c: [case.launch(c) for _ in range(CALLS)]
-        for c in rotated.configs(shape, "bfloat16", target)
+        name_of(c): lambda c=c: [case.launch(c) for _ in range(CALLS)] for c in configs
     }
-    bytes_ = 3 * WIDTH.value * 2 * tokens
-    half = torch.empty(bytes_ // 2, device="cuda", dtype=torch.uint8)
+    half = torch.empty((2 + gated) * WIDTH.value * tokens, device="cuda", dtype=torch.uint8)
     other = torch.empty_like(half)
     runs["copy"] = lambda: [other.copy_(half) for _ in range(CALLS)]
-    runs |= {"swiglu by inductor": case.plain(False), "both by inductor": case.plain(True)}
-    us = times(runs, CALLS, 12)
+    runs["by inductor"] = case.plain(True)
+    if gated:
+        runs["swiglu alone by inductor"] = case.plain(False)
     return {
-        "tokens": tokens, "class": MANY if tokens > 64 else decode_shape(tokens), "us": us, "errors": errors,
-        "shipped": name_of(shipped), "bytes": bytes_,
+        "tokens": tokens, "class": MANY if tokens > 64 else decode_shape(tokens), "gated": gated,
+        "us": times(runs, CALLS, 12), "errors": errors, "bytes": 2 * len(half),
+        "shipped": name_of(tuning.pick("rotated", shape, "bfloat16", target)),
     }  # fmt: skip
 
 
@@ -163,16 +170,17 @@ def main() -> None:
     """Measure, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 2048])
+    parser.add_argument("--show", type=int, default=100, help="so many of the fastest are printed")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not has_device("cuda"):
         return
     started = time.perf_counter()
     configs = [c for n in args.tokens for c in rotated.configs(shape_of(n), "bfloat16", H200)]
-    compile_all([Compiled(tuple(c.items())) for c in configs], os.cpu_count() or 1)
+    compile_all([Compiled(tuple(c.items()), gated) for c in configs for gated in (True, False)], os.cpu_count() or 1)
     target, rates = Target.detect("cuda"), Denominators("cuda")
     rates()
-    cases = [one(tokens, target) for tokens in args.tokens]
+    cases = [one(tokens, gated, target) for tokens in args.tokens for gated in (True, False)]
     rates()
     result = {
         "width": WIDTH.value, "cases": cases, **rates.to_dict(), "wall_s": time.perf_counter() - started,
@@ -182,8 +190,8 @@ def main() -> None:
     if out:
         write_json(out, result)
     for case in cases:
-        print(f"{case['tokens']} tokens, shipped {case['shipped']}")
-        for name, us in sorted(case["us"].items(), key=lambda item: item[1]):
+        print(f"{case['tokens']} tokens, {'SwiGLU and ' * case['gated']}rotation, shipped {case['shipped']}")
+        for name, us in sorted(case["us"].items(), key=lambda item: item[1])[: args.show]:
             print(f"  {us:8.2f} us  {case['bytes'] / us / 1e6:6.2f} TB/s  {name}")
 
 

@@ -5,7 +5,7 @@ one kernel:
 
     gemm       y = EPILOGUE(W . NORM(x))       gemv for one token, else gemm; lowbit where W has few bits
     attention  q, k, v made from the products before, k and v stored, attend      decode_attention
-    rotation   y = rotate(x)                           rotated, in class "many", too
+    rotation   y = rotate(x)                   rotated, in class "many", too; also behind the product that makes x
     rows       everything without an anchor    rows
 
 Class "many" is any other step: the product is torch's (cuBLAS, low-bit weights decoded first), attention works on
@@ -22,8 +22,8 @@ from collections.abc import Mapping
 from llmopt.codegen.fused_attention import attention, many_attention
 from llmopt.codegen.fused_product import many_product, product
 from llmopt.codegen.fused_region import FusedRegion
-from llmopt.codegen.fused_rotation import rotation
-from llmopt.codegen.fused_scaled import MANY_TOKENS, is_scaled, scaled_product
+from llmopt.codegen.fused_rotation import MANY_TOKENS, rotation
+from llmopt.codegen.fused_scaled import is_scaled, scaled_product
 from llmopt.codegen.kernel import RegionCode
 from llmopt.compiler.errors import BuildError, EmitError
 from llmopt.compiler.graph import Graph

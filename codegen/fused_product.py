@@ -1,4 +1,7 @@
-"""Products: one kernel in decoding, elsewhere torch's product between kernels over rows."""
+"""Products: one kernel in decoding, elsewhere torch's product between kernels over rows.
+
+Where the region ends in a rotation, a kernel of its own follows; in class many it computes, too, what is between both.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,24 @@ from llmopt.codegen.fused_region import (
     template_of,
     type_of,
 )
+from llmopt.codegen.fused_rotation import MANY_TOKENS, rotation
 from llmopt.codegen.kernel import Call, Scalar
 from llmopt.codegen.printer import Operands
 from llmopt.compiler.emittable import keeps_order, op_name, weight_of
 from llmopt.compiler.errors import EmitError
+from llmopt.passes.partition import base
 
 
 def product(region: FusedRegion, tokens: int) -> None:
     """One kernel; where no template takes it, torch's product between two kernels over rows, and a note of it."""
     (linear,) = region.products()
+    turn = _rotation(region)
+    result, place = (region.result(), "out0") if turn is None else _ahead_of(region, turn)
     try:
-        region.calls.append(_kernel(region, linear, tokens))
+        region.calls.append(_kernel(region, linear, result, place, tokens))
+        if turn is not None:
+            region.stored[result] = place
+            rotation(region, turn, "out0", tokens)
     except EmitError as error:
         if region.ordered:  # its neighbours count on it
             raise
@@ -40,8 +50,18 @@ def product(region: FusedRegion, tokens: int) -> None:
         many_product(region)
 
 
-def _kernel(region: FusedRegion, linear: fx.Node, tokens: int) -> Call:
+def _rotation(region: FusedRegion) -> fx.Node | None:
     result = region.result()
+    return result if calls_any(result, {"rotate"}) else None
+
+
+def _ahead_of(region: FusedRegion, turn: fx.Node) -> tuple[fx.Node, str]:
+    """What a rotation turns, through views, and a temporary for it."""
+    made = base(turn.args[0])  # type: ignore[arg-type]
+    return made, region.temporary(region.buffer(made))
+
+
+def _kernel(region: FusedRegion, linear: fx.Node, result: fx.Node, place: str, tokens: int) -> Call:
     x, norm = operand(linear)
     sizes = {"K": columns(linear), "N": tokens, "NORM": int(norm is not None)}
     if op_name(linear) == "quantized_linear":
@@ -59,7 +79,7 @@ def _kernel(region: FusedRegion, linear: fx.Node, tokens: int) -> Call:
     config = config_of(region, template, sizes, kind)
     arguments: list[Argument] = [
         *weight,
-        ("y", type_of(result), "out0"),
+        ("y", type_of(result), place),
         *passed(region, operands),
         ("N", "i32", region.tokens(linear)),
     ]
@@ -74,7 +94,7 @@ def _kernel(region: FusedRegion, linear: fx.Node, tokens: int) -> Call:
         "PDL": region.pdl,
     }
     if template == "lowbit:lowbit":
-        constants["ORDER"] = region.ordered.get("out0", 0)
+        constants["ORDER"] = region.ordered.get(place, 0)
     hooks = {"LOAD_X": load_x, "LOAD_G": load_g, "EPILOGUE": epilogue}
     return call_of(template, sizes, config, arguments, constants, hooks)
 
@@ -104,6 +124,10 @@ def many_product(region: FusedRegion) -> None:
         taken = place, decoded_weight(region, linear)
     else:
         taken = place, region.argument(*weight_of(linear))
+    turn = _rotation(region)
+    if turn is not None:
+        _product_and_turn(region, linear, taken, turn)
+        return
     added = _added(region, linear)
     if added is not None:
         _product_and_sum(region, taken, added)
@@ -115,6 +139,20 @@ def many_product(region: FusedRegion) -> None:
     region.calls.append(Call((*taken, region.stored[linear]), op="linear"))
     if not alone:
         region.rows({result: "out0"}, tokens)
+
+
+def _product_and_turn(region: FusedRegion, linear: fx.Node, taken: tuple[str, str], turn: fx.Node) -> None:
+    place = region.temporary(region.buffer(linear))
+    region.calls.append(Call((*taken, place), op="linear"))
+    region.stored[linear] = place
+    try:
+        rotation(region, turn, "out0", MANY_TOKENS)
+    except EmitError as error:
+        region.notes.append(f"a kernel over rows makes what is turned: {error}")
+        made, place = _ahead_of(region, turn)
+        region.rows({made: place}, region.tokens(made))
+        region.stored[made] = place
+        rotation(region, turn, "out0", MANY_TOKENS)
 
 
 def _product_and_sum(region: FusedRegion, taken: tuple[str, str], added: fx.Node) -> None:

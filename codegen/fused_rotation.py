@@ -21,6 +21,8 @@ from llmopt.codegen.kernel import Prepared, Scalar
 from llmopt.codegen.printer import Operands
 from llmopt.codegen.rotation_layout import sides
 
+MANY_TOKENS = 1024  # what constants for class many are chosen for
+
 
 def rotation(region: FusedRegion, node: fx.Node, place: str, tokens: int) -> None:
     """Add the kernel that computes `rotate` nodes such as this one, into `place`, for so many tokens at most."""

@@ -36,8 +36,6 @@ from llmopt.compiler.emittable import argument
 from llmopt.compiler.errors import EmitError
 from llmopt.compiler.quant.schemes import Scheme, scheme_of
 
-MANY_TOKENS = 1024  # what constants for class many are chosen for
-
 
 def is_scaled(product: fx.Node) -> bool:
     """Does this product round its activations, too? Fuse leaves only such ones to kernels as these take."""

@@ -85,7 +85,7 @@ class Rotation:
 
     def turned(self, x: Tensor) -> Tensor:
         """x Q in float64 for x [..., n], n a multiple of the order."""
-        left, right = self.factors
+        left, right = (factor.to(x.device) for factor in self.factors)
         parts = x.double().unflatten(-1, (-1, len(left), len(right)))
         return (left.T @ (parts @ right)).flatten(-3)
 

@@ -164,22 +164,22 @@ class _Partition:
         self.made: list[Kernel] = []
 
     def kernels(self) -> list[Kernel]:
-        """Attention first, then rotations and products, their results before their operands, then rows."""
+        """Attention first, then products, their results before their operands, then rotations and rows."""
         anchors = [n for n in self.units if op_name(n) in ("attend", "rotate", *PRODUCTS) and self.against[n] is None]
         for node in anchors:
             if op_name(node) == "attend":
                 self._add("attention", self._attention(node))
         products = [n for n in anchors if op_name(n) in PRODUCTS]
         rounded = {base(n.args[0]) for n in products if argument(n, "activations", "")}  # type: ignore[arg-type]
-        for node in anchors:
-            if op_name(node) == "rotate":
-                if node in rounded and node not in self.final and self.flow.out_degree(node) == 1:
-                    self.turned.add(node)
-                else:
-                    self._add("rotation", self._grown([node], [node], node.args[0]))  # type: ignore[arg-type]
+        rotations = [n for n in anchors if op_name(n) == "rotate"]
+        self.turned.update(n for n in rotations if n in rounded and n not in self.final and self._readers(n) == 1)
         joined = {n: self._behind(n) for n in reversed(products)}
         for node in products:
-            self._add("gemm", self._before(node, joined[node]))
+            self._add("gemm", [*self._before(node, joined[node]), *self._turn(joined[node], rotations)])
+        taken = {n for kernel in self.made for n in kernel.nodes}
+        for node in rotations:
+            if node not in taken:
+                self._add("rotation", self._grown([node], [node], node.args[0]))  # type: ignore[arg-type]
         for nodes in list(self._rows()):
             self._add("rows", nodes)
         taken = {n for kernel in self.made for n in kernel.nodes}
@@ -200,6 +200,9 @@ class _Partition:
         return [self.made[i] for i in order]
 
     # --- what a set of nodes reads and writes
+
+    def _readers(self, node: fx.Node) -> int:
+        return len(list(self.flow.successors(node)))
 
     def _reads(self, nodes: Collection[fx.Node]) -> list[fx.Node]:
         sources = (base(s) for n in nodes for s in n.all_input_nodes)
@@ -265,6 +268,13 @@ class _Partition:
         few = len(self._operands(inside)) - 1 <= OPERANDS["gemm"] - 2
         one = self._results(inside) == [last] and len(parts) <= 2
         return one and few and self._is_interval(inside) and self._pays(inside[:best], inside[best:])
+
+    def _turn(self, behind: list[fx.Node], rotations: Collection[fx.Node]) -> list[fx.Node]:
+        """The rotation that alone reads what a product makes: who computes what is between them differs by class."""
+        last = behind[-1]
+        found = [] if last in self.final else list(self.flow.successors(last))
+        alone = len(found) == 1 and found[0] in rotations and found[0] not in self.turned
+        return found if alone and base(found[0].args[0]) is last else []  # type: ignore[arg-type]
 
     def _operands(self, inside: Collection[fx.Node]) -> list[fx.Node]:
         """What the kernel's hooks read."""

@@ -70,12 +70,16 @@ def rotated(
         unit = tile + row * 0 if A > 1 else tile * ROWS + row
         m, start = unit // BLOCKS, unit % BLOCKS * (A * B) + (row * B if A > 1 else 0)
         ok = (m < N) & (row < A) if A > 1 else m < N
-        sums = tl.zeros([ROWS, SLICE], tl.float32)
-        for piece in tl.static_range(0, WIDTH, PIECE):
-            j = piece + tl.arange(0, PIECE)[None, :]
+        if WIDTH == PIECE:
+            j = tl.arange(0, WIDTH)[None, :]
             x = LOAD_X(m, start + j, ok & (j < B), e0, e1, e2, e3, e4, e5).to(y.dtype.element_ty).to(x_type)
-            here = right_signs if piece == 0 else signs(right, WIDTH, piece, PIECE, first, SLICE, x_type)
-            sums = dot(x, here, sums)
+            sums = dot(x, right_signs, tl.zeros([ROWS, SLICE], tl.float32))
+        else:
+            sums = tl.zeros([ROWS, SLICE], tl.float32)
+            for piece in range(0, WIDTH, PIECE):
+                j = piece + tl.arange(0, PIECE)[None, :]
+                x = LOAD_X(m, start + j, ok & (j < B), e0, e1, e2, e3, e4, e5).to(y.dtype.element_ty).to(x_type)
+                sums = dot(x, signs(right, WIDTH, piece, PIECE, first, SLICE, x_type), sums)
         z = turned(sums, left_signs) * (A * B) ** -0.5
         k = start + c
         tl.store(
@@ -100,20 +104,22 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
     """Constants worth trying, the default first: few tokens are cut into slices, many share the loads of signs."""
     whole, rows = width(shape["B"]), width(shape["A"]) if shape["A"] > 1 else 16
     if dtype != "bfloat16":  # fp32 products are no tensor cores' work
-        return [_config(rows, 16, 1, 4)]
-    if shape["A"] == 1:
-        few = [_config(16, whole, 1, 4), _config(16, 16, 1, 1), _config(16, 32, 1, 2)]
-        many = [_config(64, whole, 4, 4), _config(64, whole, 1, 4), _config(128, whole, 2, 8)]
+        found = [_config(rows, 16, 1, 4)]
+    elif shape["A"] == 1:
+        few = [_config(16, whole, 1, 4), _config(16, min(whole, 32), 1, 2), _config(16, 16, 1, 1)]
+        found = [_config(64, whole, 4, 4), _config(128, whole, 2, 8), *few] if shape["N"] > 64 else few
     else:
         # where products take operands from memory, registers are left for more columns
-        large = bool({"wgmma", "tcgen05"} & target.features)
-        wide = ((128, 64) if large else (64,)) if whole <= WIDEST.value else (64,) if large else (32,)
-        few = [_config(rows, slice_, 1, 8) for slice_ in (32, *(16, 64) * large)]
-        many = [
-            _config(rows, slice_, *more) for slice_ in wide for more in ((4, 8), (8, 8), (1, 8), (4, 8, 2), (8, 8, 3))
-        ]
-    found = [*many, *few] if shape["N"] > 64 else few
-    return [c for c in found if c["SLICE"] <= whole]
+        large, wide = bool({"wgmma", "tcgen05"} & target.features), whole > WIDEST.value
+        if shape["N"] <= 64:
+            tried = [(64, 1, 8, 1), (32, 1, 8, 1)] if shape["N"] > 8 else [(32, 1, 8, 1)]
+            tried = [(16, 1, 4, 1), (32, 1, 4, 1)] * (large and not wide and shape["N"] <= 8) + tried
+        elif large and not wide:
+            tried = [(128, 8, 8, 3), (128, 4, 8, 2), (128, 4, 8, 1), (64, 4, 8, 1), (64, 1, 8, 1)]
+        else:
+            tried = [(64, 4, 8, 1), (64, 1, 8, 1)] if large or not wide else [(32, 4, 8, 1), (32, 1, 8, 1)]
+        found = [_config(rows, min(whole, slice_), *more) for slice_, *more in tried]
+    return list({repr(config): config for config in found}.values())
 
 
 def _config(rows: int, slice_: int, repeat: int, warps: int, stages: int = 1) -> dict[str, Any]:
