@@ -5,8 +5,8 @@
 Llama-3.1-8B, weights N(0, 0.02). Nobody reads a prompt: pages are filled with normal keys and values, those of recipes
 that do not pack them with what the codes of `int4-kv` stand for, so that both attend to the same. Before anything is
 timed the logits of the first step are compared: an error above 0.12 of the first recipe's ends the script (of other
-packings, low-bit weights and rotations, which make other numbers of the same pages, the error is told). Then the recipes run in turns, as in
-`decode.py`. `RECIPE:none` is the recipe without rotation.
+packings, low-bit weights and rotations, which make other numbers of the same pages, the error is told). Then the
+recipes run in turns, as in `decode.py`. `RECIPE:none` is the recipe without rotation.
 """
 
 from __future__ import annotations
