@@ -117,7 +117,9 @@ class Packing:
         codes, word, steps = rows.split(
             [self.code_bytes(channels), WORD, rows.shape[-1] - self.code_bytes(channels) - WORD], -1
         )
-        scale, offset = word.contiguous().view(torch.bfloat16).float().unbind(-1)
+        # `contiguous` keeps a single row's odd stride, which `view` refuses
+        word = word.clone(memory_format=torch.contiguous_format)
+        scale, offset = word.view(torch.bfloat16).float().unbind(-1)
         code = _spread(codes, self.bits)
         if self.kind in ("int4", "int8"):
             return code.float() * scale[..., None] + offset[..., None]

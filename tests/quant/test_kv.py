@@ -125,6 +125,12 @@ def test_pages_keep_codes_together() -> None:
     assert torch.equal(pages[1, 1].flatten().nonzero()[:, 0], torch.arange(96, 128))
 
 
+def test_a_single_row_of_an_odd_number_of_bytes() -> None:
+    how, x = Packing.parse("nvfp4"), torch.randn(2, 16)
+    assert how.row_bytes(16) == 13
+    assert torch.equal(how.unpack(how.pack(x))[:1], how.unpack(how.pack(x[:1])))
+
+
 @pytest.mark.parametrize("text", ["int3", "int4-h", "int4-h12", "int4-h0", "h16", ""])
 def test_names_that_are_none(text: str) -> None:
     with pytest.raises(InputError, match="no packing of keys and values"):
