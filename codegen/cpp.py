@@ -25,12 +25,14 @@ from llmopt.compiler import knobs
 from llmopt.compiler.errors import BuildError
 from llmopt.compiler.ops.attention import attend, attend_unpacked, kv_write, write_packed
 from llmopt.compiler.ops.linear import linear
+from llmopt.compiler.ops.near import attend_near, near_write
 from llmopt.compiler.quant.kv import Packing
 from llmopt.compiler.target import cxx
 
 SOURCES = Path(__file__).parent / "templates"
 MAIN = "cpu_kernels.cpp"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ANY = (*DTYPES, torch.float64)
 
 _SCHEMAS = torch.library.Library("llmopt", "FRAGMENT")
 _SCHEMAS.define("linear_cpp(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
@@ -45,6 +47,10 @@ _SCHEMAS.define(
     "Tensor positions, Tensor? sinks, float scale, int window, float softcap, str k_packing, str v_packing) -> Tensor"
 )
 _SCHEMAS.define("kv_write_packed_(Tensor(a!) pages, Tensor x, Tensor slots, str packing) -> ()")
+_SCHEMAS.define(
+    "near_write_(Tensor(a!) pages, Tensor x, Tensor block_tables, Tensor seq_ids, Tensor positions, Tensor attended, "
+    "int first, int recent) -> ()"
+)
 
 
 @torch.library.register_fake("llmopt::linear_cpp", lib=_SCHEMAS)
@@ -89,6 +95,16 @@ def _kv_write_packed(pages: Tensor, x: Tensor, slots: Tensor, packing: str) -> N
     write_packed(pages, x, slots, packing)
 
 
+@torch.library.register_fake("llmopt::near_write_", lib=_SCHEMAS)
+def _near_write_fake(pages: Tensor, *rest: Any) -> None:
+    return None
+
+
+def _near_write(*given: Any) -> None:
+    near_write.in_place_fn(*given)  # type: ignore[misc]
+
+
+_SCHEMAS.impl("near_write_", _near_write, "CPU")
 _SCHEMAS.impl("attend_packed_cpp", _attend_packed, "CPU")
 _SCHEMAS.impl("kv_write_packed_", _kv_write_packed, "CPU")
 
@@ -115,7 +131,7 @@ def _attend_supports(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: object)
 
 
 def _kv_write_supports(pages: Tensor, x: Tensor, slots: Tensor, packing: str = "") -> str | None:
-    return _dtype_reason(*([] if packing else [pages]), x, allowed=(*DTYPES, torch.float64))
+    return _dtype_reason(*([] if packing else [pages]), x, allowed=ANY)
 
 
 @linear.provider("cpp", needs={"cpp"}, supports=_linear_supports)
@@ -156,6 +172,19 @@ def kv_write_cpp(pages: Tensor, x: Tensor, slots: Tensor, packing: str = "") -> 
         torch.ops.llmopt.kv_write_packed_.default(pages, x, slots, packing)
     else:
         torch.ops.llmopt.kv_write_.default(pages, x, slots)
+    return pages
+
+
+@attend_near.provider("cpp", needs={"cpp"}, supports=lambda *given: _dtype_reason(given[0], allowed=ANY))
+def attend_near_cpp(*given: Any) -> Tensor:
+    """`attend_near` by torch, out of sight of whoever traces a region."""
+    return torch.ops.llmopt.attend_near.default(*given)
+
+
+@near_write.provider("cpp", needs={"cpp"}, supports=lambda *given: _dtype_reason(given[1], allowed=ANY))
+def near_write_cpp(pages: Tensor, *given: Any) -> Tensor:
+    """`near_write` in place, by torch: overwrites `pages` and returns it."""
+    torch.ops.llmopt.near_write_.default(pages, *given)
     return pages
 
 

@@ -164,9 +164,10 @@ class _Judge:
         if "step" not in program.graphs:
             return Errors(forward)
         worst = 0.0
-        state: State = {s.name: torch.zeros((self._pages(), *s.shape), dtype=s.dtype) for s in program.state}
+        near = program.near_pages
+        state: State = {s.name: torch.zeros((self._pages(near), *s.shape), dtype=s.dtype) for s in program.state}
         for at in _chunks(self.ids):
-            logits = self.run_step(program, state, self._inputs(at)).double()
+            logits = self.run_step(program, state, self._inputs(at, near)).double()
             want = torch.stack([self.want[b, t] for b, t in at])
             difference = float((logits - want).abs().max())
             worst = difference if math.isnan(difference) else max(worst, difference)
@@ -174,15 +175,15 @@ class _Judge:
                 break
         return Errors(forward, worst)
 
-    def _pages(self) -> int:
-        return 1 + self.ids.shape[0] * self._columns()
+    def _pages(self, near: int) -> int:
+        return 1 + self.ids.shape[0] * (self._columns() + near)
 
     def _columns(self) -> int:
         return -(-self.ids.shape[1] // self.page_size)
 
-    def _inputs(self, at: list[tuple[int, int]]) -> dict[str, Tensor]:
+    def _inputs(self, at: list[tuple[int, int]], near: int) -> dict[str, Tensor]:
         """A step's inputs for these (sequence, position) pairs; pages lie in reverse, so that their order counts."""
-        count, columns = self.ids.shape[0], self._columns()
+        count, columns = self.ids.shape[0], self._columns() + near
         tables = torch.arange(count * columns, 0, -1).reshape(count, columns)
         sequences, positions = (torch.tensor(x) for x in zip(*at, strict=True))
         pages = tables[sequences, positions // self.page_size]
@@ -208,7 +209,7 @@ def _chunks(ids: Tensor) -> Iterator[list[tuple[int, int]]]:
 def evaluate_step(program: Program, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
     """Logits [R, V] of a step by the reference meaning of its ops; `state` takes on the written pages."""
     step = program.graph("step")
-    written = {n.args[0].name: n for n in step.calls("kv_write") if isinstance(n.args[0], fx.Node)}
+    written = {_state_of(n): n for op in ("kv_write", "near_write") for n in step.calls(op)}
     if any(n.op == "call_module" for n in step.fx.nodes) or set(written) != set(state):
         raise InputError(
             "this step is cut into compiled regions, which the reference meaning cannot run; give bisect a run_step, "
@@ -218,6 +219,13 @@ def evaluate_step(program: Program, state: State, inputs: Mapping[str, Tensor]) 
     got, *pages = evaluate(step, {**inputs, **state}, program.weights, [logits, *written.values()])
     state.update(zip(written, pages, strict=True))
     return got  # type: ignore[no-any-return]
+
+
+def _state_of(write: fx.Node) -> str:
+    """The state that a write is the last or the last but one of."""
+    while write.op == "call_function":
+        write = write.args[0]  # type: ignore[assignment]
+    return write.name
 
 
 def _forward(program: Program, ids: Tensor) -> Tensor:

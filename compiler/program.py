@@ -122,7 +122,11 @@ class ModelFacts:
 
 @dataclass
 class Program:
-    """Everything a compiled model is made of, before and after each pass."""
+    """Everything a compiled model is made of, before and after each pass.
+
+    `near_pages`: how many pages a sequence has beside those of its tokens, at the end of its block table
+    (`compiler.quant.near`).
+    """
 
     graphs: dict[str, Graph]
     weights: dict[str, Weight]
@@ -130,6 +134,7 @@ class Program:
     state: tuple[StateSpec, ...] = ()
     properties: frozenset[str] = frozenset()
     choices: dict[str, Any] = field(default_factory=dict)
+    near_pages: int = 0
 
     def graph(self, name: str) -> Graph:
         """The graph of this name; an error that lists the names there are."""

@@ -19,6 +19,7 @@ from typing import ClassVar
 from torch import fx
 
 from llmopt.compiler import knobs
+from llmopt.compiler.emittable import argument
 from llmopt.compiler.errors import ProviderError, VerifyError
 from llmopt.compiler.graph import Graph, origin, target_name, where
 from llmopt.compiler.op import Op, op_of
@@ -28,7 +29,7 @@ from llmopt.passes.outline import outline, outline_kernels
 from llmopt.passes.partition import reason_against
 
 _log = logging.getLogger("llmopt")
-STATE_OPS = ("kv_write",)
+_ATTENDS = ("attend not by triton", "attend_near not by triton")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Lower(Pass):
             program.choices["without_kernels"] = note
             if context.strict and "triton" in allowed:  # else somebody meant it, or it is not a whole model
                 _log.warning("llmopt: %s", note)
-        elif fused and (why := [text for text in reasons if text.startswith("attend not by triton")]):
+        elif fused and (why := [text for text in reasons if text.startswith(_ATTENDS)]):
             _log.warning("llmopt: torch attends, and there are no decoding graphs: %s", "; ".join(why))
         if fused and (why := [text for text in reasons if text.startswith("quantized_linear not by triton")]):
             _log.warning("llmopt: torch multiplies with low-bit weights, op by op, which is slow: %s", "; ".join(why))
@@ -119,15 +120,22 @@ def chosen(step: Graph) -> dict[str, int]:
 
 
 def write_in_place(step: Graph, program: Program) -> None:
-    """State results leave the outputs; each write may then reuse its operand, since nothing else reads it."""
+    """State results leave the outputs; each write may then reuse its operand, since nothing reads it afterwards."""
     names = {spec.name for spec in program.state}
     logits, *written = step.outputs()
-    for node, spec in zip(written, program.state, strict=True):
-        if target_name(node) not in STATE_OPS or node.args[0].name != spec.name:
+    writes: list[fx.Node] = []
+    for result, spec in zip(written, program.state, strict=True):
+        node = result
+        while target_name(node) == "near_write":
+            _check_read_before(node)
+            writes.append(node)
+            node = node.args[0]
+        if target_name(node) != "kv_write" or node.args[0].name != spec.name:
             raise VerifyError(
                 f"{where(node)}: state {spec.name} is returned by {target_name(node)}; wanted a kv_write of that "
                 "state; a pass that changes how state is written must keep the order of the step's results"
             )
+        writes.append(node)
     for placeholder in step.inputs():
         readers = list(placeholder.users)
         if placeholder.name in names and len(readers) != 1:
@@ -135,6 +143,17 @@ def write_in_place(step: Graph, program: Program) -> None:
                 f"state {placeholder.name} is read by {[where(r) for r in readers]}; wanted only its kv_write, so that "
                 "the write can be done in place; read the written pages instead"
             )
-    for node in written:
+    for node in writes:
         node.meta["in_place"] = True
     step.fx.output_node().args = ((logits,),)
+
+
+def _check_read_before(write: fx.Node) -> None:
+    """Raise VerifyError if others may read the rows that a near_write writes over after it."""
+    pages, attended = write.args[0], argument(write, "attended", None)
+    late = [user for user in pages.users if user not in (write, attended)]  # type: ignore[union-attr]
+    if late:
+        raise VerifyError(
+            f"{where(write)}: its pages are also read by {[where(user) for user in late]}, perhaps after it; wanted "
+            f"{attended} alone, the result that it waits for, so that the write can be done in place"
+        )

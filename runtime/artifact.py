@@ -110,6 +110,7 @@ def _write(folder: Folder, parts: Parts, weights: Mapping[str, Tensor], version:
         "target": parts.target.to_dict(),
         "model": _facts_to_data(program.facts, _write_tokenizer(folder, program.facts.tokenizer)),
         "state": [{"name": s.name, "shape": list(s.shape), "dtype": _dtype_name(s.dtype)} for s in program.state],
+        **({"near_pages": program.near_pages} if program.near_pages else {}),
         "properties": sorted(program.properties),
         "choices": program.choices,
         "graphs": list(program.graphs),
@@ -258,6 +259,7 @@ def _read(path: Path, manifest: Mapping[str, Any], target: Target) -> Parts:
         tuple(StateSpec(s["name"], tuple(s["shape"]), _dtype(s["dtype"])) for s in manifest["state"]),
         frozenset(manifest["properties"]),
         manifest["choices"],
+        int(manifest.get("near_pages", 0)),
     )
     for graph in program.graphs.values():
         for name in graph.weights():

@@ -57,6 +57,8 @@ class Decoder(Protocol):
 class DecodeState:
     """Device tensors for up to `rows` sequences of up to `width` pages, at addresses that never change.
 
+    The last `near_pages` of them are near pages, as in `KVCache.block_tables`.
+
     int64 [rows]: tokens, positions, slots (of the token to be read next), moves (1, or 0 for padding), seeds,
     sequences, numbers (0, 1, ...); int64 tables [rows, width]; fp32 temperature [rows]. Padding rows read and write
     the scratch page at position 0, so they harm nobody.
@@ -64,9 +66,12 @@ class DecodeState:
 
     _VECTORS = ("tokens", "positions", "slots", "moves", "seeds", "sequences")
 
-    def __init__(self, rows: int, width: int, page_size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, rows: int, width: int, page_size: int, device: torch.device | str = "cpu", near_pages: int = 0
+    ) -> None:
         rows += rows % 2  # every vector begins at a multiple of 16 bytes, as kernels want
         self.rows, self.width, self.page_size, self.device = rows, width, page_size, torch.device(device)
+        self.near_pages = near_pages
         # one allocation, so that a patch of slots and tables is one write
         self.words = torch.zeros(rows * (len(self._VECTORS) + width), dtype=torch.int64, device=self.device)
         vectors = self.words[: rows * len(self._VECTORS)].view(len(self._VECTORS), rows)
@@ -80,9 +85,11 @@ class DecodeState:
 
     def load(self, batch: Batch) -> None:
         """Take over a batch of at most `rows` sequences; every other row becomes padding."""
-        count, width = len(batch.ids), min(self.width, batch.block_tables.shape[1])
+        count, near, columns = len(batch.ids), self.near_pages, batch.block_tables.shape[1]
+        width = min(self.width, columns) - near
         self.words[: self.rows * len(self._VECTORS)].zero_()
         self.tables[:, 0].zero_()
+        self.tables[:, self.width - near :].zero_()
         self.temperature.zero_()
         for name, value in (
             ("tokens", batch.ids),
@@ -96,6 +103,8 @@ class DecodeState:
         self.moves[:count].fill_(1)
         rows = batch.cache_rows.to(batch.block_tables.device)
         self.tables[:count, :width].copy_(batch.block_tables[rows, :width])
+        if near:
+            self.tables[:count, -near:].copy_(batch.block_tables[rows, columns - near :])
 
     def add(self, pages: Sequence[NewPage]) -> None:
         """Enter new pages, and the slots of the tokens that come first in them."""

@@ -91,7 +91,7 @@ def open_session(
 def _decode_state(program: Program, recipe: Recipe, cache: KVCache, device: torch.device) -> DecodeState:
     most, width = min(64, recipe.dims.sequences[1]), cache.pages_for(program.facts.context_length)
     try:
-        return DecodeState(most, width, cache.page_size, device)
+        return DecodeState(most, width, cache.page_size, device, cache.near_pages)
     except torch.OutOfMemoryError as error:
         raise no_room(f"the decoding state of {most} sequences of {width} pages", error) from error
 
@@ -112,13 +112,16 @@ def _engine(program: Program, recipe: Recipe, step: StepFn, cache: KVCache, deco
 
 def open_cache(program: Program, recipe: Recipe, device: torch.device, cache_bytes: int | None = None) -> KVCache:
     """The paged cache: growing on a CPU, of a fixed size on a GPU; see the module's docstring."""
+    near = program.near_pages
     if device.type != "cuda":
-        return KVCache(program.state, page_size=recipe.page_size, max_bytes=cache_bytes, device=device)
+        return KVCache(program.state, recipe.page_size, max_bytes=cache_bytes, device=device, near_pages=near)
     free = free_bytes(device)
     pages = fixed_pages(program, recipe, free, cache_bytes)
     each = sum(s.bytes_per_page for s in program.state)
     try:
-        return KVCache(program.state, recipe.page_size, initial_pages=pages, max_pages=pages, device=device)
+        return KVCache(
+            program.state, recipe.page_size, initial_pages=pages, max_pages=pages, device=device, near_pages=near
+        )
     except torch.OutOfMemoryError as error:
         raise CacheFullError(
             f"the KV cache of {pages} pages takes {pages * each} bytes, and the GPU has {free} bytes free after the "
@@ -129,14 +132,16 @@ def open_cache(program: Program, recipe: Recipe, device: torch.device, cache_byt
 def fixed_pages(program: Program, recipe: Recipe, free: int, cache_bytes: int | None) -> int:
     """Pages of a cache that never grows, with `free` bytes left by the weights."""
     each = max(1, sum(s.bytes_per_page for s in program.state))
-    useful = 1 + recipe.dims.sequences[1] * -(-program.facts.context_length // recipe.page_size)
+    near = program.near_pages
+    useful = 1 + recipe.dims.sequences[1] * (-(-program.facts.context_length // recipe.page_size) + near)
     budget = int(free * CACHE_SHARE) if cache_bytes is None else cache_bytes
     pages = min(useful, budget // each)
-    if pages < 2:
+    if pages < 2 + near:
+        least = f"{2 + near} pages" if near else "two pages"
         raise CacheFullError(
-            f"the KV cache may take {budget} bytes ({free} bytes of the GPU are free after the weights), and two pages "
-            f"of {recipe.page_size} tokens, the least there can be, take {2 * each}; raise cache_bytes, free memory on "
-            "the GPU, or compile a smaller model"
+            f"the KV cache may take {budget} bytes ({free} bytes of the GPU are free after the weights), and {least} "
+            f"of {recipe.page_size} tokens, the least there can be, take {(2 + near) * each}; raise cache_bytes, free "
+            "memory on the GPU, or compile a smaller model"
         )
     return pages
 

@@ -26,19 +26,24 @@ def _scores_to_output(
     """q [B, Hq, T, D], k/v [B, Hkv, S, D], allowed bool [T, S] -> [B, Hq, T, Dv]; softmax in fp32 or wider."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+    products = torch.matmul(q, k.transpose(-1, -2))
+    return torch.matmul(probabilities(products, allowed, sinks, scale, softcap).to(v.dtype), v)
+
+
+def probabilities(products: Tensor, allowed: Tensor, sinks: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """Of products q.k [B, Hq, T, S], allowed bool [T, S]; softmax in fp32 or wider."""
+    scores = products * scale
     if softcap > 0:
         scores = torch.tanh(scores / softcap) * softcap
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if products.dtype == torch.float64 else torch.float32
     scores = scores.to(wide).masked_fill(~allowed, float("-inf"))
     if sinks is None:
-        return torch.matmul(torch.softmax(scores, dim=-1).to(v.dtype), v)
+        return torch.softmax(scores, dim=-1)
     column = sinks.to(wide).reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
-    probs = torch.softmax(torch.cat((scores, column), dim=-1), dim=-1)[..., :-1]
-    return torch.matmul(probs.to(v.dtype), v)
+    return torch.softmax(torch.cat((scores, column), dim=-1), dim=-1)[..., :-1]
 
 
-def _visible(q_pos: Tensor, k_pos: Tensor, window: int) -> Tensor:
+def visible(q_pos: Tensor, k_pos: Tensor, window: int) -> Tensor:
     """bool [T, S]: may the query at q_pos [T] see the key at k_pos [S]?"""
     distance = q_pos[:, None] - k_pos[None, :]
     return (distance >= 0) & (distance < window) if window > 0 else distance >= 0
@@ -50,7 +55,7 @@ def attention(
 ) -> Tensor:
     """Causal self-attention over whole sequences: q [B, Hq, T, D], k/v [B, Hkv, T, D] -> [B, Hq, T, Dv]."""
     at = torch.arange(q.shape[2], device=q.device)
-    return _scores_to_output(q, k, v, _visible(at, at, window), sinks, scale, softcap)
+    return _scores_to_output(q, k, v, visible(at, at, window), sinks, scale, softcap)
 
 
 @attention.fake
@@ -158,7 +163,7 @@ def attend(
         length = int(at.max()) + 1
         pages = block_tables[row, : -(-length // size)]
         k, v = (p[pages].transpose(0, 1).flatten(1, 2)[None, :, :length].to(q.dtype) for p in (k_pages, v_pages))
-        allowed = _visible(at, torch.arange(length, device=q.device), window)
+        allowed = visible(at, torch.arange(length, device=q.device), window)
         out[:, :, tokens] = _scores_to_output(q[:, :, tokens], k, v, allowed, sinks, scale, softcap)
     return out
 
@@ -208,13 +213,14 @@ def attend_unpacked(
     tables = torch.zeros_like(block_tables)
     tables[live] = place
     wide = torch.promote_types(q.dtype, torch.float32)
-    k, v = (_plain_pages(p[used], packing, wide) for p, packing in ((k_pages, k_packing), (v_pages, v_packing)))
+    k, v = (plain_pages(p[used], packing, wide) for p, packing in ((k_pages, k_packing), (v_pages, v_packing)))
     asked = Packing.parse(k_packing).asked(q) if k_packing else q
     out = attend(asked.to(wide), k, v, tables, seq_ids, positions, *others)
     return (Packing.parse(v_packing).turned_back(out) if v_packing else out).to(q.dtype)
 
 
-def _plain_pages(pages: Tensor, packing: str, dtype: torch.dtype) -> Tensor:
+def plain_pages(pages: Tensor, packing: str, dtype: torch.dtype) -> Tensor:
+    """Pages [P, H, page, D] of what their rows stand for, still rotated; they may be plain ones (packing "")."""
     if not packing:
         return pages.to(dtype)
     how = Packing.parse(packing)

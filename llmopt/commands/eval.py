@@ -174,7 +174,8 @@ def _other(settings: Settings, parts: Parts, progress: Progress) -> Parts | None
 
 def _opened(parts: Parts, settings: Settings) -> CompiledModel:
     """The model with a cache of just the size that a batch of windows takes."""
-    pages = 1 + settings.batch * -(-settings.window // parts.recipe.page_size)
+    each = -(-settings.window // parts.recipe.page_size) + parts.program.near_pages
+    pages = 1 + settings.batch * each
     size = pages * sum(spec.bytes_per_page for spec in parts.program.state)
     return CompiledModel(*parts, cache_bytes=size or None)
 

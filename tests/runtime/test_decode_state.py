@@ -233,6 +233,18 @@ def test_a_wider_block_table_is_cut_to_the_context():
     assert state.tables.tolist() == [[1, 2], [7, 8]]
 
 
+def test_near_pages_stay_the_last_ones_and_padding_has_none():
+    for width, tables in ((6, [[1, 0, 0, 0, 2, 3], [7, 0, 0, 0, 8, 9]]), (3, [[1, 2, 3], [7, 8, 9]])):
+        state = DecodeState(4, width, PAGE, near_pages=2)
+        state.load(batch_of(4))
+        state.load(batch_of(2))
+        assert state.tables[:2].tolist() == tables
+        assert not state.tables[2:, [0, -2, -1]].any()
+    narrow = DecodeState(2, 3, PAGE, near_pages=1)
+    narrow.load(batch_of(2, width=5))
+    assert narrow.tables.tolist() == [[1, 2, 5], [11, 12, 15]]
+
+
 def test_rows_run_as_they_are_up_to_8_then_padded():
     assert [bucket(n) for n in (1, 3, 8, 9, 16, 17, 33, 64)] == [1, 3, 8, 16, 16, 32, 64, 64]
 

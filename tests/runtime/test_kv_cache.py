@@ -123,12 +123,43 @@ def test_a_device_without_memory_is_a_full_cache(monkeypatch):
     assert len(cache.pages(row)) == 2
 
 
+def test_near_pages_stand_at_the_end_of_a_row_whatever_its_length():
+    cache = make_cache(near_pages=2)
+    first, second = cache.open(), cache.open()
+    cache.reserve(first, 1)
+    near = cache.block_tables()[0, -2:].tolist()
+    assert cache.pages_for(PAGE + 1) == 4
+    assert cache.reserve(second, 7 * PAGE) == 7 * PAGE
+    assert cache.block_tables().shape == (2, 16)
+    assert cache.block_tables()[0, -2:].tolist() == near
+    assert cache.slots(second, 6 * PAGE, 6 * PAGE + 2) == [cache.pages(second)[6] * PAGE + i for i in range(2)]
+    cache.release(second)
+    cache.release(first)
+    assert cache.free_pages == cache.num_pages - 1
+
+
+def test_a_cache_without_room_for_near_pages_is_refused():
+    with pytest.raises(
+        InputError, match=r"hold 4 pages .* at least 5 \(page 0 is scratch, a sequence has 3 near pages\)"
+    ):
+        make_cache(max_pages=4, near_pages=3)
+    cache = make_cache(max_pages=5, near_pages=3)
+    row = cache.open()
+    with pytest.raises(CacheFullError, match="5 pages are wanted"):
+        cache.reserve(row, PAGE + 1)
+    assert cache.free_pages == cache.num_pages - 1, "all or none"
+    assert cache.reserve(row, PAGE) == PAGE
+
+
 class Ownership(RuleBasedStateMachine):
-    """Random opens, appends and releases; what every live token wrote must be found again."""
+    """Random opens, appends and releases; what every live token wrote must be found again, in near pages too."""
+
+    near = 0
 
     def __init__(self):
         super().__init__()
-        self.cache = make_cache(max_pages=24)
+        self.cache = make_cache(max_pages=24, near_pages=self.near)
+        self.beside: dict[int, torch.Tensor] = {}  # what near pages hold
         self.contents: dict[int, list[float]] = {}
         self.written = 0.0
 
@@ -143,7 +174,8 @@ class Ownership(RuleBasedStateMachine):
     def append(self, data, count):
         row = data.draw(st.sampled_from(sorted(self.contents)))
         start = len(self.contents[row])
-        fits = self.cache.pages_for(start + count) - len(self.cache.pages(row)) <= self.free_and_growable()
+        wanted = self.cache.pages_for(start + count) - len(self.cache.pages(row)) - (self.near if start else 0)
+        fits = wanted <= self.free_and_growable()
         try:
             self.cache.reserve(row, start + count)
         except CacheFullError:
@@ -154,6 +186,8 @@ class Ownership(RuleBasedStateMachine):
             self.written += 1
             self.contents[row].append(self.written)
             self.cache.tensors["k"][slot // PAGE, :, slot % PAGE] = self.written
+        self.beside[row] = -self.written - torch.arange(self.near) / 8
+        self.cache.tensors["k"][self.near_of(row)] = self.beside[row][:, None, None, None]
 
     @precondition(lambda self: self.contents)
     @rule(data=st.data())
@@ -163,11 +197,16 @@ class Ownership(RuleBasedStateMachine):
         del self.contents[row]
 
     def free_and_growable(self):
-        return 23 - sum(len(self.cache.pages(row)) for row in self.contents)
+        return 23 - sum(len(self.cache.pages(row)) + self.near * bool(held) for row, held in self.contents.items())
+
+    def near_of(self, row):
+        tables = self.cache.block_tables()
+        return tables[row, tables.shape[1] - self.near :]
 
     @invariant()
     def each_page_has_one_owner_and_none_is_lost(self):
         held = [page for row in self.contents for page in self.cache.pages(row)]
+        held += [page for row, tokens in self.contents.items() if tokens for page in self.near_of(row).tolist()]
         assert len(set(held)) == len(held)
         assert all(0 < page < self.cache.num_pages for page in held)
         assert len(held) + self.cache.free_pages == self.cache.num_pages - 1
@@ -181,7 +220,13 @@ class Ownership(RuleBasedStateMachine):
             at = torch.arange(len(contents))
             found = pages[table[row, at // PAGE], :, at % PAGE]
             assert (found == torch.tensor(contents)[:, None, None]).all()
+            if contents:
+                assert (pages[self.near_of(row)] == self.beside[row][:, None, None, None]).all()
 
 
-TestOwnership = Ownership.TestCase
-TestOwnership.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+class OwnershipWithNearPages(Ownership):
+    near = 3
+
+
+TestOwnership, TestNearOwnership = Ownership.TestCase, OwnershipWithNearPages.TestCase
+TestOwnership.settings = TestNearOwnership.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
