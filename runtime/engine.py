@@ -377,6 +377,9 @@ class Engine:
                 budget -= stop - start
             if stop == start:
                 continue
+            if stop - start > 1 and self.cache.near_pages:
+                # until the step is done: it writes over near rows that it reads, so one that raised has to begin anew
+                sequence.cached = 0
             ids += sequence.tokens[start:stop]
             positions += range(start, stop)
             slots += self.cache.slots(sequence.row, start, stop)

@@ -18,13 +18,13 @@ from llmopt.codegen import cpp  # noqa: F401 - registers the providers
 from llmopt.compiler import ops
 from llmopt.compiler.bisect import bisect
 from llmopt.compiler.capture_hf import capture_model
-from llmopt.compiler.errors import RecipeError, VerifyError
+from llmopt.compiler.errors import DeviceMemoryError, RecipeError, VerifyError
 from llmopt.compiler.pipeline import Context
 from llmopt.compiler.program import Program
 from llmopt.compiler.recipe import RECIPES, PassSpec, Recipe
 from llmopt.compiler.target import Target
 from llmopt.passes import Canonicalize, InsertKVCache, Lower, QuantizeKV, RaiseAten
-from llmopt.runtime.engine import SamplingParams
+from llmopt.runtime.engine import Engine, SamplingParams
 
 LENGTHS = (23, 1, 40)
 # of each prompt, where steps end
@@ -126,6 +126,32 @@ def test_compiled_regions_give_what_the_reference_does(tmp_path: Path) -> None:
     assert cache.near_pages == 3
     small = llmopt.load(tmp_path / "made", cache_bytes=12 * cache.bytes_per_page)
     assert small.engine.generate(given, params) == want
+
+
+def test_a_step_that_raised_is_not_repeated_over_what_it_wrote() -> None:
+    """Chunks of 4 tokens, the third of which fails when everything is written."""
+    model = llmopt.compile(tiny("llama"), recipe(sinks=1, recent=6), target="cpu")
+    params, (prompt,), steps = SamplingParams(max_new_tokens=6), ragged(15), []
+
+    def step(*given: Tensor) -> Tensor:
+        logits: Tensor = model.session.step(*given)
+        steps.append(given[0].shape[1])
+        if len(steps) == 3:
+            raise torch.OutOfMemoryError("no")
+        return logits
+
+    facts = model.program.facts
+    sizes: dict[str, int] = {"vocab_size": facts.vocab_size, "context_length": facts.context_length}
+    engine = Engine(step, model.cache, chunk_size=4, **sizes)
+    engine.submit(prompt, params)
+    assert engine.step() == engine.step() == []
+    with pytest.raises(DeviceMemoryError):
+        engine.step()
+    made = []
+    while engine.unfinished:
+        made += [event.token for event in engine.step()]
+    assert made == model.engine.generate([prompt], params)[0]
+    assert steps == [4, 4, 4, 4, 4, 4, 3, *[1] * 5]
 
 
 def test_without_the_options_nothing_is_added(tmp_path: Path) -> None:
