@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
+import inspect
 import io
 import json
 import re
@@ -185,7 +186,8 @@ def _read(path: Path) -> Cubin | None:
 def _compile(kernel: Kernel, sm: int) -> Cubin:
     isa = f"sm_{sm}"
     where = describe(kernel, isa)
-    function, constants = hooks.function(kernel), hooks.constants(kernel)
+    function = hooks.function(kernel)
+    constants = {**_defaults(function), **hooks.constants(kernel)}
     _check(kernel, function, constants, sm)
     import triton
     from triton.backends.compiler import GPUTarget
@@ -219,6 +221,12 @@ def _compile(kernel: Kernel, sm: int) -> Cubin:
     return Cubin(
         made.asm["cubin"], meta.name, meta.shared, meta.num_warps, params, kernel.pdl, isa, toolkit, registers, spills
     )
+
+
+def _defaults(function: Any) -> dict[str, Any]:
+    """Of the template's parameters, which a kernel may leave out."""
+    parameters = inspect.signature(getattr(function, "fn", function)).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def _check(kernel: Kernel, function: Any, constants: Mapping[str, Any], sm: int) -> None:

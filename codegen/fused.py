@@ -9,7 +9,8 @@ one kernel:
     rows       everything without an anchor    rows
 
 Class "many" is any other step: the product is torch's (cuBLAS, low-bit weights decoded first), attention works on
-tiles of queries, and what stands before and behind them are kernels over rows.
+tiles of queries, and what stands before and behind them are kernels over rows. Attention that sees some tokens as they
+are, in packed pages, is torch's there.
 
 A product whose activations are rounded, too, is two kernels in every class: `rounded` (or `rotated_codes`, which turns
 them first) and `scaled`.
@@ -25,6 +26,7 @@ from llmopt.codegen.fused_region import FusedRegion
 from llmopt.codegen.fused_rotation import MANY_TOKENS, rotation
 from llmopt.codegen.fused_scaled import is_scaled, scaled_product
 from llmopt.codegen.kernel import RegionCode
+from llmopt.compiler.emittable import ATTENDS, op_name
 from llmopt.compiler.errors import BuildError, EmitError
 from llmopt.compiler.graph import Graph
 from llmopt.compiler.target import Target
@@ -38,7 +40,7 @@ def region_code(graph: Graph, shape: str, target: Target, ordered: Mapping[str, 
     region = FusedRegion.of(graph, target, ordered)
     try:
         tokens = MANY_TOKENS if shape == MANY else int(shape)
-        if list(region.graph.calls("attend")):
+        if any(op_name(node) in ATTENDS for node in region.graph.calls()):
             many_attention(region) if shape == MANY else attention(region, tokens)
         elif any(map(is_scaled, region.products())):
             scaled_product(region, tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -21,7 +22,7 @@ from llmopt.codegen.fused_region import (
 )
 from llmopt.codegen.kernel import FRESH, PAGED, Buffer, Call, Scalar
 from llmopt.codegen.printer import Operands
-from llmopt.compiler.emittable import attention_shape, keeps_order, packings_of, puts_tokens_first
+from llmopt.compiler.emittable import attention_shape, keeps_order, near_of, packings_of, puts_tokens_first
 from llmopt.compiler.errors import EmitError
 from llmopt.compiler.quant.kv import Packing
 
@@ -72,7 +73,7 @@ def _chain(last: fx.Node, first: fx.Node) -> list[fx.Node]:
 def attention(region: FusedRegion, tokens: int) -> None:
     """One kernel; where it cannot make q, k and v itself (they take too many tensors), kernels over rows ahead do, and
     there is a note of it."""
-    (attend,) = region.graph.calls("attend")
+    attend = region.attend()
     made = attend.args[0], attend.args[1].args[1], attend.args[2].args[1]  # type: ignore[union-attr]
     try:
         call = _kernel(region, attend, made, tokens)  # type: ignore[arg-type]
@@ -127,19 +128,24 @@ def _kernel(region: FusedRegion, attend: fx.Node, made: Sequence[fx.Node], token
 
 
 def _packed(attend: fx.Node) -> dict[str, Scalar]:
-    """The constants that say how keys and values are packed; none if they are not."""
+    """The constants that say how keys and values are packed, and who is near; none if they are not."""
     found: dict[str, Scalar] = {}
     for letter, packing in zip("KV", packings_of(attend), strict=True):
         if packing:
             how = Packing.parse(packing)
             found |= {f"{letter}_KIND": how.kind, f"{letter}_ORDER": how.order}
+    if any(near_of(attend)):
+        found |= dict(zip(("FIRST", "RECENT"), near_of(attend), strict=True))
     return found
 
 
 def many_attention(region: FusedRegion) -> None:
     """q made and k and v stored by kernels over rows, then attention over tiles of queries; of whole prompts torch's,
     over keys and values that were left token by token, too."""
-    (attend,) = region.graph.calls("attend")
+    attend = region.attend()
+    if any(near_of(attend)):
+        _many_near(region, attend)
+        return
     q, writes = attend.args[0], attend.args[1:3]
     paged, sinks, out, constants = _common(region, attend)
     heads = attention_shape(attend)
@@ -170,6 +176,23 @@ def many_attention(region: FusedRegion) -> None:
     plain: dict[str, Scalar] = {"K_KIND": "", "V_KIND": "", "V_ORDER": 1}
     tiled = call_of(template, heads, config, arguments, {**constants, **plain, **packed}, {})
     region.calls.append(tiled if apart else replace(tiled, when=PAGED))
+
+
+def _many_near(region: FusedRegion, attend: fx.Node) -> None:
+    """q, k and v by kernels over rows, then torch's ops, one after the other."""
+    write, *_ = writes = attend.args[1:3]
+    given: list[fx.Node] = [attend.args[0], *(n.args[1] for n in writes)]  # type: ignore[union-attr, list-item]
+    made = {n: region.temporary(region.buffer(n, _by_token(n, 0))) for n in given}
+    region.rows(made, "N", by_token=tuple(given))  # type: ignore[arg-type]
+    pages = [region.argument(n.args[0]) for n in writes]  # type: ignore[union-attr, arg-type]
+    ahead = [region.argument(n) for n in (*attend.args[3:6], write.args[2])]  # type: ignore[union-attr, arg-type]
+    sinks = region.argument(attend.args[6]) if isinstance(attend.args[6], fx.Node) else None
+    out = f"out{_place_of(region, attend)}"
+    names = ("scale", "window", "softcap", "k_packing", "v_packing", "first", "recent")
+    settings: Any = (*attend.args[7:12], *near_of(attend))
+    args = (*(made[n] for n in given), *pages, *ahead, sinks, out)
+    region.calls.append(Call(args, op="attend_near", constants=tuple(zip(names, settings, strict=True))))
+    region.notes.append("torch attends to prompts, unpacking what they see, since some tokens are seen as they are")
 
 
 def _write(region: FusedRegion, attend: fx.Node, made: Mapping[fx.Node, str]) -> None:

@@ -16,7 +16,7 @@ from llmopt.codegen.kernel import Buffer, Call, Kernel, Prepared, Scalar, Size
 from llmopt.codegen.printer import TYPES, Operands
 from llmopt.codegen.rows import rows_calls
 from llmopt.codegen.tuning import pick
-from llmopt.compiler.emittable import CASTS, PRODUCTS, bias_of, is_product, keeps_order, op_name
+from llmopt.compiler.emittable import ATTENDS, CASTS, PRODUCTS, bias_of, is_product, keeps_order, op_name
 from llmopt.compiler.errors import EmitError
 from llmopt.compiler.graph import Graph
 from llmopt.compiler.target import Target
@@ -56,6 +56,11 @@ class FusedRegion:
     def output(self, node: fx.Node) -> Buffer | str:
         """A buffer of the node's own, or the pages that a kv_write returns."""
         return self.stored[node.args[0]] if calls_any(node, {"kv_write"}) else self.buffer(node)  # type: ignore[index]
+
+    def attend(self) -> fx.Node:
+        """The one attention of a region of attention."""
+        (found,) = (node for node in self.graph.calls() if calls_any(node, ATTENDS))
+        return found  # type: ignore[no-any-return]
 
     def buffer(self, node: fx.Node, shape: tuple[Size, ...] | None = None) -> Buffer:
         """A tensor like the node's value."""

@@ -38,7 +38,8 @@ class Kernel:
 
     `template` is `module:function` below `llmopt.codegen.templates`; `types` are (parameter, type) in the template's
     order, a type being `*bf16` (16-byte aligned), `i32`, ...; every other parameter is in `constants` or, as the name
-    of a function of `source`, in `hooks`. `pdl`: launched so that it may start before the kernel ahead has ended.
+    of a function of `source`, in `hooks`, or has a default. `pdl`: launched so that it may start before the kernel
+    ahead has ended.
     """
 
     template: str

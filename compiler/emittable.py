@@ -14,6 +14,7 @@ from torch import fx
 from llmopt.compiler._torch import OpOverload
 from llmopt.compiler.graph import target_name
 from llmopt.compiler.op import OPS, op_of
+from llmopt.compiler.quant.near import NearLayout
 
 VIEWS = frozenset({
     "view", "reshape", "_unsafe_view", "view_as", "flatten", "unflatten", "squeeze", "unsqueeze", "permute",
@@ -42,6 +43,8 @@ PRODUCTS = {"linear": (range(1, 2), 2), "quantized_linear": (range(1, 5), 5)}
 # (weights, activations) that scaled matrix instructions multiply as they are, both sides in codes with scales
 SCALED = frozenset({("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("mxfp8", "mxfp8")})
 PACKED = ("int4", "int8", "fp8")  # packings of keys and values that kernels read
+ATTENDS = frozenset({"attend", "attend_near"})
+WRITES = frozenset({"kv_write", "near_write"})
 OPERANDS = {"gemm": 6, "rows": 8}  # tensors a template's hooks may read
 OUTPUTS = 4  # tensors a kernel over rows may write
 LONGEST_ROW = 16384  # elements of a reduced axis: one program holds them all
@@ -177,6 +180,26 @@ def why_no_packing(packings: tuple[str, str], dtype: str) -> str | None:
         said = " and ".join(packing or "plain" for packing in packings)
         return f"keys and values are packed as {said}; kernels read both in one of {', '.join(PACKED)}"
     return None if dtype == "bfloat16" else f"dtype {dtype}: packed keys and values are multiplied in bfloat16"
+
+
+def near_of(attend: fx.Node) -> tuple[int, int]:
+    """How many first and last tokens it sees as they are."""
+    return argument(attend, "first", 0), argument(attend, "recent", 0)
+
+
+def why_no_near(attend: fx.Node) -> str | None:
+    """None if the templates of decoding read this attention's near tokens, or it has none; else the reason."""
+    if op_name(attend) != "attend_near":
+        return None
+    for pages, x, packing in zip(attend.args[1:3], attend.args[12:14], packings_of(attend), strict=True):
+        value, (_, _, page, row) = x.meta["val"], pages.meta["val"].shape  # type: ignore[union-attr]
+        if not packing:
+            return "of keys and values only one is packed; kernels see near tokens where both are"
+        if value.dtype != torch.bfloat16:
+            return f"near tokens in {value.dtype}; kernels read bfloat16".replace("torch.", "")
+        if not NearLayout(page * row, value.shape[3], value.dtype.itemsize).rows_per_page:
+            return f"pages of {page} tokens hold no whole row of {value.shape[3]} channels as it is; wanted larger ones"
+    return None
 
 
 def why_no_attention(shape: Mapping[str, int], dtype: str) -> str | None:

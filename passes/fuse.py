@@ -14,23 +14,21 @@ takes is a kernel of one node, run by torch, and is listed in the notes.
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from llmopt.compiler import knobs
-from llmopt.compiler.emittable import CASTS, is_product, keeps_order, op_name, puts_tokens_first
+from llmopt.compiler.emittable import ATTENDS, CASTS, is_product, keeps_order, op_name, puts_tokens_first
 from llmopt.compiler.graph import Graph, origin, target_name
 from llmopt.compiler.pipeline import Context, Pass, PassStats
 from llmopt.compiler.program import Program
 from llmopt.compiler.target import Target
-from llmopt.passes.partition import Kernel, base, is_row_choice, is_view, partition, reason_against
+from llmopt.passes.partition import Kernel, base, is_row_choice, is_view, near_writes, partition, reason_against
 
 
 @dataclass(frozen=True)
@@ -116,24 +114,23 @@ def _repeated(step: Graph, first: fx.Node, last: fx.Node) -> fx.Node:
 
 def put_tokens_first(step: Graph, target: Target) -> None:
     """Attention's kernels write [1, N, H, D]; who reads [1, H, N, D] reads a view of that."""
-    for attend in list(step.calls("attend")):
-        if reason_against(attend, target) is None and not (
-            len(attend.users) == 1 and puts_tokens_first(next(iter(attend.users)))
-        ):
+    for attend in [node for node in step.calls() if target_name(node) in ATTENDS]:
+        readers = _readers(attend)
+        if reason_against(attend, target) is None and not (len(readers) == 1 and puts_tokens_first(readers[0])):
             with step.fx.inserting_after(attend):
                 turned = step.call(torch.ops.aten.transpose.int, (attend, 1, 2), attend, "fuse")
             turned.meta["val"] = attend.meta["val"].transpose(1, 2)
             with step.fx.inserting_after(turned):
                 back = step.call(torch.ops.aten.transpose.int, (turned, 1, 2), attend, "fuse")
             back.meta["val"] = attend.meta["val"]
-            attend.replace_all_uses_with(back, delete_user_cb=partial(operator.is_not, turned))
+            attend.replace_all_uses_with(back, delete_user_cb=readers.__contains__)
 
 
 def number_nodes(step: Graph, kernels: Sequence[Kernel]) -> None:
     """Set `meta["kernel"]`: that of the partition, and views with what reads them, repeated where several do."""
     settled: set[fx.Node] = set()
     for number, kernel in enumerate(kernels):
-        nodes = [*kernel.nodes, *(v for n in kernel.nodes if target_name(n) == "attend" for v in _tail(n))]
+        nodes = [*kernel.nodes, *(v for n in kernel.nodes if target_name(n) in ATTENDS for v in _tail(n))]
         settled.update(nodes)
         for node in nodes:
             node.meta["kernel"] = number
@@ -149,10 +146,16 @@ def number_nodes(step: Graph, kernels: Sequence[Kernel]) -> None:
 def _tail(attend: fx.Node) -> list[fx.Node]:
     """The views that bring an attention's result into the order it is wanted in: tokens first, then in that order."""
     views: list[fx.Node] = []
-    node = attend
-    while len(node.users) == 1 and (keeps_order if views else puts_tokens_first)(node := next(iter(node.users))):
-        views.append(node)
+    readers = _readers(attend)
+    while len(readers) == 1 and (keeps_order if views else puts_tokens_first)(readers[0]):
+        views.append(readers[0])
+        readers = list(readers[0].users)
     return views
+
+
+def _readers(attend: fx.Node) -> list[fx.Node]:
+    """Who uses its result; writes that only wait for it do not."""
+    return [user for user in attend.users if user not in near_writes(attend)]
 
 
 def _number_view(step: Graph, view: fx.Node, unused: int) -> None:

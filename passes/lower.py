@@ -19,7 +19,7 @@ from typing import ClassVar
 from torch import fx
 
 from llmopt.compiler import knobs
-from llmopt.compiler.emittable import argument
+from llmopt.compiler.emittable import ATTENDS, argument
 from llmopt.compiler.errors import ProviderError, VerifyError
 from llmopt.compiler.graph import Graph, origin, target_name, where
 from llmopt.compiler.op import Op, op_of
@@ -29,7 +29,7 @@ from llmopt.passes.outline import outline, outline_kernels
 from llmopt.passes.partition import reason_against
 
 _log = logging.getLogger("llmopt")
-_ATTENDS = ("attend not by triton", "attend_near not by triton")
+_ATTENDS = tuple(f"{name} not by triton" for name in sorted(ATTENDS))
 
 
 @dataclass(frozen=True)

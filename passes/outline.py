@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from llmopt.compiler.emittable import PRODUCTS
+from llmopt.compiler.emittable import ATTENDS, PRODUCTS
 from llmopt.compiler.graph import Graph, SizeType, target_name, type_of
 from llmopt.compiler.target import Target
 from llmopt.passes.partition import is_row_choice, is_view, reason_against
@@ -113,7 +113,7 @@ def _kernel_label(region: Region, target: Target) -> str | None:
         return None
     if names & PRODUCTS.keys():
         return "gemm"
-    return next((kind for op, kind in (("attend", "attention"), ("rotate", "rotation")) if op in names), "rows")
+    return "attention" if names & ATTENDS else "rotation" if "rotate" in names else "rows"
 
 
 def _put(graph: Graph, regions: Sequence[Region], labelled: Sequence[tuple[Region, str]]) -> dict[str, Graph]:
@@ -180,7 +180,7 @@ def _without_slivers(pieces: list[list[fx.Node]]) -> list[list[fx.Node]]:
         if is_row_choice(piece[0]):
             merged += [pending, piece] if pending else [piece]
             pending = []
-        elif _calls_any(piece, (*PRODUCTS, "attend", "attention", "aten.embedding")):
+        elif _calls_any(piece, (*PRODUCTS, *ATTENDS, "attention", "aten.embedding")):
             merged.append([*pending, *piece])
             pending = []
         elif merged and not pending and _calls_any(merged[-1], ("aten.embedding",)):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from llmopt.compiler.emittable import (
+    ATTENDS,
     CASTS,
     OPERANDS,
     OUTPUTS,
@@ -33,6 +34,7 @@ from llmopt.compiler.emittable import (
     packings_of,
     weight_of,
     why_no_attention,
+    why_no_near,
     why_no_packing,
     why_no_product,
     why_no_rotation,
@@ -105,7 +107,7 @@ def _not_product(node: fx.Node, target: Target) -> str | None:
 
 def _not_attend(node: fx.Node) -> str | None:
     writes: tuple[Any, ...] = node.args[1:3]
-    users = {u for n in writes for u in n.users if u.op != "output"}
+    users = {u for n in writes for u in n.users if u.op != "output" and u not in near_writes(node)}
     if any(op_name(n) != "kv_write" for n in writes) or users != {node}:
         return "others read its pages too"
     early = {"tables": node.args[3], "positions": node.args[5], "slots": writes[0].args[2], "sinks": node.args[6]}
@@ -113,7 +115,13 @@ def _not_attend(node: fx.Node) -> str | None:
         if isinstance(value, fx.Node) and not _is_given(value):
             return f"its {name} are computed in the step; wanted an input or a weight, as they are read ahead"
     dtype = str(node.meta["val"].dtype).removeprefix("torch.")
-    return why_no_attention(attention_shape(node), dtype) or why_no_packing(packings_of(node), dtype)
+    why_not = why_no_attention(attention_shape(node), dtype) or why_no_packing(packings_of(node), dtype)
+    return why_not or why_no_near(node)
+
+
+def near_writes(attend: fx.Node) -> list[fx.Node]:
+    """What puts the step's own tokens among the near ones behind this attention."""
+    return [u for u in attend.users if op_name(u) == "near_write" and argument(u, "attended", None) is attend]
 
 
 def _is_given(node: fx.Node) -> bool:
@@ -122,8 +130,13 @@ def _is_given(node: fx.Node) -> bool:
 
 
 def _not_write(node: fx.Node) -> str | None:
-    attends = [u for u in node.users if op_name(u) == "attend"]
+    attends = [u for u in node.users if op_name(u) in ATTENDS]
     return _not_attend(attends[0]) if attends else "nothing attends to its pages"
+
+
+def _not_near_write(node: fx.Node) -> str | None:
+    attend = argument(node, "attended", None)
+    return _not_attend(attend) if op_name(attend) in ATTENDS else "it follows no attention"
 
 
 def _not_rotate(node: fx.Node) -> str | None:
@@ -131,7 +144,9 @@ def _not_rotate(node: fx.Node) -> str | None:
     return why_no_rotation(node) if given else "its matrices are computed"
 
 
-_ANCHORS = {"attend": _not_attend, "kv_write": _not_write, "rotate": _not_rotate}
+_ANCHORS = {
+    **dict.fromkeys(ATTENDS, _not_attend), "kv_write": _not_write, "near_write": _not_near_write, "rotate": _not_rotate,
+}  # fmt: skip
 
 
 def _is_double(node: fx.Node) -> bool:
@@ -165,9 +180,9 @@ class _Partition:
 
     def kernels(self) -> list[Kernel]:
         """Attention first, then products, their results before their operands, then rotations and rows."""
-        anchors = [n for n in self.units if op_name(n) in ("attend", "rotate", *PRODUCTS) and self.against[n] is None]
+        anchors = [n for n in self.units if op_name(n) in (*ATTENDS, "rotate", *PRODUCTS) and self.against[n] is None]
         for node in anchors:
-            if op_name(node) == "attend":
+            if op_name(node) in ATTENDS:
                 self._add("attention", self._attention(node))
         products = [n for n in anchors if op_name(n) in PRODUCTS]
         rounded = {base(n.args[0]) for n in products if argument(n, "activations", "")}  # type: ignore[arg-type]
@@ -231,9 +246,9 @@ class _Partition:
     # --- attention
 
     def _attention(self, attend: fx.Node) -> list[fx.Node]:
-        """An attend, the writes it reads, and what turns a product's result into q, k and v."""
+        """An attend, the writes it reads, those behind it, and what turns a product's result into q, k and v."""
         writes = [n for n in self.flow.predecessors(attend) if op_name(n) == "kv_write"]
-        inside = dict.fromkeys([attend, *writes])
+        inside = dict.fromkeys([attend, *writes, *near_writes(attend)])
         channels = {int(n.meta["val"].shape[-1]) for n in (attend.args[0], *writes)}  # type: ignore[union-attr]
         pending = {s for n in inside for s in self.flow.predecessors(n)} - set(inside)
         while pending:

@@ -13,6 +13,7 @@ from typing import Any
 from llmopt.codegen.kernel import Kernel, RegionCode
 from llmopt.codegen.sampling import REGION as SAMPLE
 from llmopt.codegen.sampling import sampling_code
+from llmopt.compiler.emittable import ATTENDS, WRITES
 from llmopt.compiler.graph import target_name
 from llmopt.compiler.program import Program
 from llmopt.compiler.target import Target
@@ -22,7 +23,6 @@ from llmopt.runtime.loader import Regions
 DECODE_SHAPES = ("1", "8", "16", "32", "64")
 MANY = "many"
 SHAPES = (*DECODE_SHAPES, MANY)
-ATTENDS = ("attend", "kv_write", "attend_near", "near_write")
 
 
 def decode_shape(rows: int) -> str:
@@ -55,7 +55,7 @@ class GpuCode:
         """Has a decoding step classes of its own, which graphs capture? Not where attention was left to torch, whose
         way depends on values: every step is of class many then."""
         step = self.program.graph("step")
-        return not any(target_name(n) in ATTENDS for n in step.calls())
+        return not any(target_name(n) in ATTENDS | WRITES for n in step.calls())
 
     def keys(self, shapes: Iterable[str] = SHAPES) -> list[tuple[str, str]]:
         """(region, class) of all code there is for these classes; class many is sampled by torch."""

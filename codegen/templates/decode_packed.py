@@ -5,7 +5,9 @@ operand of both products in registers, exact in bf16; a key's scale and offset a
 its probabilities, so nothing is unpacked into memory. What codes as operands have too much or too little is settled in
 the sums: that of q's elements in the scores, that of the probabilities in the result.
 
-The token's own key and value are rotated, rounded and stored here, and enter as what their codes stand for.
+The token's own key and value are rotated, rounded and stored here, and enter as what their codes stand for. Where some
+tokens are seen as they are (`near_rows`), the own one enters unrounded if it is, the owner's program goes over the
+others, and the tiles of codes pass over all of them.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from llmopt.codegen.templates.decode_attention import (
     _leave,
     _let_next_start,
 )
+from llmopt.codegen.templates.near_rows import is_far, over_near, store_near
 from llmopt.codegen.templates.packed import (
     bits_of,
     by_channel,
@@ -49,11 +52,15 @@ from llmopt.compiler.target import Target
 
 @triton.jit
 def _own_row(pages, x, d, slot, h, KIND: tl.constexpr, ORDER: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
-             PAGE: tl.constexpr):  # fmt: skip
-    # what the codes of x [1, DP], which go into their slot, stand for
-    codes, scale, offset = rounded(rotated(x, d, ORDER, False), d, KIND, D)
+             PAGE: tl.constexpr, near, NEAR: tl.constexpr):  # fmt: skip
+    # what the codes of x [1, DP], which go into their slot, stand for; NEAR: if it is near, x itself, rotated
+    y = rotated(x, d, ORDER, False)
+    codes, scale, offset = rounded(y, d, KIND, D)
     store_row(pages, slot, h, codes, scale, offset, True, KIND, HKV, D, PAGE)
-    return tl.where(d < D, numbers(codes, scale, offset, KIND), 0.0)
+    found = numbers(codes, scale, offset, KIND)
+    if NEAR:
+        found = tl.where(near, y, found)
+    return tl.where(d < D, found, 0.0)
 
 
 @triton.jit
@@ -79,11 +86,13 @@ def decode_packed(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr, LOAD_V: tl.constexpr,
     K_KIND: tl.constexpr, K_ORDER: tl.constexpr, V_KIND: tl.constexpr, V_ORDER: tl.constexpr, ORDER: tl.constexpr,
     BLOCK_T: tl.constexpr, LEAST: tl.constexpr, EARLY: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+    FIRST: tl.constexpr = 0, RECENT: tl.constexpr = 0,
 ):  # fmt: skip
     """out [N, HQ * DV] of token n = row n of tables [., M]; grid (N, HKV, SPLITS). As `decode_attention` but for
 
     k_pages uint8 [P, HKV, PAGE, row of D], v_pages uint8 [P, HKV, PAGE, row of DV] as `kv.pages_of` arranges them, of
-    the packings K_KIND, V_KIND with Hadamard blocks of K_ORDER, V_ORDER.
+    the packings K_KIND, V_KIND with Hadamard blocks of K_ORDER, V_ORDER. The FIRST first tokens of a sequence and the
+    RECENT last ones, its own included, are seen as they are (`kv.near`): bf16.
     """
     if PDL and EARLY:
         _let_next_start(SPLITS <= FEW)
@@ -91,6 +100,7 @@ def decode_packed(
     WIDTH: tl.constexpr = max(8, triton.next_power_of_2(G))
     KW: tl.constexpr = row_width(K_KIND, D, 4)
     VW: tl.constexpr = row_width(V_KIND, DV, 8)
+    NEAR: tl.constexpr = FIRST + RECENT > 0
     APART: tl.constexpr = PAGE == 1 or WINDOW > 0  # tokens of a pair may lie in two pages
     n, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     table = tables + n * M
@@ -116,18 +126,31 @@ def decode_packed(
 
     few = tl.arange(0, triton.next_power_of_2(G))[:, None]  # heads that pad the group are not rotated
     q = LOAD_Q(n, h * G + few, c, (few < G) & (c < D), e0, e1, e2, e3, e4, e5)
-    q = rotated(q.to(tl.bfloat16).to(tl.float32), c, K_ORDER, True).to(tl.bfloat16)
+    plain = q.to(tl.bfloat16)
+    q = rotated(plain.to(tl.float32), c, K_ORDER, True).to(tl.bfloat16)
     q = _padded(q, WIDTH, KW * (32 // bits_of(K_KIND)))
-    m = tl.full([WIDTH], float("-inf"), tl.float32)
+    # with near tokens a part may have no key that it sees, and the maximum stays finite
+    m = tl.full([WIDTH], -1e30 if NEAR else float("-inf"), tl.float32)
     mass = tl.zeros([WIDTH], tl.float32)
     own = tl.zeros([WIDTH, dv.shape[0]], tl.float32)
     if owner:  # a branch, since the others need nothing of it
         k = LOAD_K(n, h, c, c < D, e0, e1, e2, e3, e4, e5).to(tl.bfloat16).to(tl.float32)
         v = LOAD_V(n, h, cv, cv < DV, e0, e1, e2, e3, e4, e5).to(tl.bfloat16).to(tl.float32)
-        k = _padded(_own_row(k_pages, k, c, slot, h, K_KIND, K_ORDER, HKV, D, PAGE), 1, q.shape[1])
-        v = _padded(_own_row(v_pages, v, cv, slot, h, V_KIND, V_ORDER, HKV, DV, PAGE), 1, dv.shape[0])
+        kept = RECENT > 0 or position < FIRST
+        if NEAR:
+            store_near(k_pages, k, c, table, M, position, kept, h, K_KIND, HKV, D, PAGE, FIRST, RECENT)
+            store_near(v_pages, v, cv, table, M, position, kept, h, V_KIND, HKV, DV, PAGE, FIRST, RECENT)
+        k = _padded(_own_row(k_pages, k, c, slot, h, K_KIND, K_ORDER, HKV, D, PAGE, kept, NEAR), 1, q.shape[1])
+        v = _padded(_own_row(v_pages, v, cv, slot, h, V_KIND, V_ORDER, HKV, DV, PAGE, kept, NEAR), 1, dv.shape[0])
         m, mass, share = _begin(q, k, sink, SCALE, SOFTCAP, SINKS)
         own = share[:, None] * v
+        if NEAR:
+            top, mass, near = over_near(_padded(plain, WIDTH, plain.shape[1]), m, mass, k_pages, v_pages, c, cv, table,
+                                        M, position, h, K_KIND, V_KIND, HKV, D, DV, PAGE, SCALE, WINDOW, SOFTCAP,
+                                        FIRST, RECENT)  # fmt: skip
+            near = _padded(rotated(near, cv, V_ORDER, False), WIDTH, dv.shape[0])
+            own = own * tl.exp2(m - top)[:, None] + near
+            m = top
     # codes have OFFSET too much: what a query makes of that
     total = tl.sum(q.to(tl.float32), 1)
     q = tl.trans(in_order(q, K_KIND))
@@ -139,6 +162,8 @@ def decode_packed(
     started = m
     for begin in range(first, last, BLOCK_T):
         ok = begin + t < last
+        if NEAR:
+            ok = ok & is_far(begin + t, position, FIRST, RECENT)
         k_first, k_word = row_at(page, (begin + t) % PAGE, h, K_KIND, HKV, D, PAGE)
         _, v_word = row_at(page, (begin + t) % PAGE, h, V_KIND, HKV, DV, PAGE)
         even_first, _ = row_at(even_page, (begin + pair) % PAGE, h, V_KIND, HKV, DV, PAGE)

@@ -21,6 +21,8 @@ from llmopt.compiler.ops.attention import attend, plain_pages, probabilities, vi
 from llmopt.compiler.quant.kv import Packing
 from llmopt.compiler.quant.near import Near, NearLayout, near_rows, put_near_rows
 
+QUERIES = 256  # whose scores are held at a time
+
 
 @op
 def attend_near(
@@ -52,19 +54,19 @@ def attend_near(
     wide, group = torch.promote_types(q.dtype, torch.float32), q.shape[1] // k.shape[1]
     for row in seq_ids.unique().tolist():
         tokens = (seq_ids == row).nonzero().squeeze(1)
-        at, asking = positions[0, tokens], q[:, :, tokens]
+        at = positions[0, tokens]
         keys, k_near = _seen(k_pages, k_packing, k[0, :, tokens], block_tables[row], at, near, wide)
         values, v_near = _seen(v_pages, v_packing, v[0, :, tokens], block_tables[row], at, near, wide)
         keys, k_near, values, v_near = (x.repeat_interleave(group, 0)[None] for x in (keys, k_near, values, v_near))
         everyone = torch.arange(keys.shape[2], device=q.device)
-        is_near = near.sees(at, everyone)
-        asked = Packing.parse(k_packing).asked(asking) if k_packing else asking
-        far_products, near_products = asked.to(wide) @ keys.mT, asking.to(wide) @ k_near.mT
-        products = torch.where(is_near, near_products, far_products)
-        probs = probabilities(products, visible(at, everyone, window), sinks, scale, softcap)
-        far = (probs * ~is_near) @ values
-        far = Packing.parse(v_packing).turned_back(far) if v_packing else far
-        out[:, :, tokens] = (far + (probs * is_near) @ v_near).to(q.dtype)
+        for some in torch.arange(len(tokens), device=q.device).split(QUERIES):
+            asking, is_near = q[:, :, tokens[some]], near.sees(at[some], everyone)
+            asked = Packing.parse(k_packing).asked(asking) if k_packing else asking
+            products = torch.where(is_near, asking.to(wide) @ k_near.mT, asked.to(wide) @ keys.mT)
+            probs = probabilities(products, visible(at[some], everyone, window), sinks, scale, softcap)
+            far = (probs * ~is_near) @ values
+            far = Packing.parse(v_packing).turned_back(far) if v_packing else far
+            out[:, :, tokens[some]] = (far + (probs * is_near) @ v_near).to(q.dtype)
     return out
 
 
@@ -121,14 +123,14 @@ def near_write(
     pages uint8 [P, H, page, row] as `kv_write` packs them, x [1, H, N, D]; the others as for `attend_near`, which made
     `attended` of the rows as they were before: nothing of it is read.
     """
-    return _near_write_in_place(pages.clone(), x, block_tables, seq_ids, positions, attended, first, recent)
+    return write_near(pages.clone(), x, block_tables, seq_ids, positions, attended, first, recent)
 
 
 near_write.traceable = False  # as kv_write
 
 
 @near_write.in_place
-def _near_write_in_place(
+def write_near(
     pages: Tensor,
     x: Tensor,
     block_tables: Tensor,
@@ -138,6 +140,7 @@ def _near_write_in_place(
     first: int,
     recent: int,
 ) -> Tensor:
+    """`near_write` in place."""
     near, at = Near(first, recent), positions[0]
     last = at.new_zeros(block_tables.shape[0]).scatter_reduce(0, seq_ids, at, "amax")
     kept = near.holds(at, last[seq_ids]).nonzero().squeeze(1)

@@ -74,6 +74,21 @@ def test_every_isa(isa: str, packing: tuple[Any, ...]) -> None:
         assert found.spills <= (8 if isa == "sm_80" else 0), one.template  # there two registers of what runs once
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_near_tokens_take_no_more_registers_than_there_are(isa: str) -> None:
+    """Also with as many query heads as need four warps, and without wgmma, whose operands would have to be drained."""
+    target = Target.parse(f"cuda:{isa}")
+    wide = {"BLOCK_T": 32, "LEAST": 2, "EARLY": 0, "BLOCK_S": 8, "num_warps": 4, "num_stages": 2}
+    for packing in PACKINGS:
+        shape = {**SHAPE, "N": 1, "BITS": 4 if packing[0] == "int4" else 8}
+        first = decode_packed.configs(shape, "bfloat16", target)[0]
+        for config in (first, wide) if packing is PACKINGS[0] else (first,):
+            made = cubin.compile_kernel(decoding(target, config, packing, FIRST=4, RECENT=64), target)
+            assert made.spills == 0, (packing, config)
+            if isa == "sm_90":
+                assert "HGMMA" not in "\n".join(machine_code(made.data))
+
+
 def test_a_tile_reaches_the_tensor_cores_without_moving_between_lanes() -> None:
     """Two bits of arithmetic a code: with the softmax at most 30 instructions a key of 256 codes and warp."""
     target = Target.parse("cuda:sm_90")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from llmopt.compiler.pipeline import Context, Pipeline, verify_hook
 from llmopt.compiler.program import ModelFacts
 from llmopt.compiler.recipe import RECIPES
 from llmopt.compiler.target import Target
-from llmopt.passes import Canonicalize, Fuse, InsertKVCache, RaiseAten
+from llmopt.passes import Canonicalize, Fuse, InsertKVCache, QuantizeKV, RaiseAten
 from llmopt.passes.fuse import notes
 from llmopt.passes.partition import partition, reason_against
 
@@ -108,6 +109,40 @@ def computed(step: Graph, node: fx.Node, at: int, source: object) -> None:
         made = step.fx.call_function(torch.ops.aten.add.Tensor, (source, source))
     made.meta["val"] = source.meta["val"]
     node.update_arg(at, made)
+
+
+def near_step(page: int, dtype: torch.dtype = torch.bfloat16, tail: Tail = in_order) -> Graph:
+    torch.manual_seed(0)
+    program = capture(Heads(16, 16, 16, tail).to(dtype).eval(), ModelFacts("heads", 96, 64, dtype=dtype))
+    passes = (RaiseAten(), Canonicalize(), InsertKVCache(), QuantizeKV(sinks=1, recent=4), Fuse())
+    context = replace(GPU, recipe=replace(RECIPES["int4-kv"], page_size=page))
+    return Pipeline(passes, [verify_hook]).run(program, context).graph("step")
+
+
+@pytest.mark.parametrize("tail", ["in order", "in order and not"])
+def test_near_tokens_are_written_by_the_kernel_that_attends(tail: str) -> None:
+    step = near_step(4, tail=TAILS[tail])
+    (attend,) = step.calls("attend_near")
+    inside = [n for n in step.calls() if n.meta["kernel"] == attend.meta["kernel"]]
+    names = [target_name(n) for n in inside]
+    assert names.count("kv_write") == names.count("near_write") == 2
+    assert all(n.args[5] is attend for n in step.calls("near_write"))
+    (found,) = (kernel for kernel in partition(step, GPU.target) if attend in kernel.nodes)
+    assert found.kind == "attention"
+
+
+@pytest.mark.parametrize(
+    ("page", "dtype", "said"),
+    [
+        (2, torch.bfloat16, "pages of 2 tokens hold no whole row of 16 channels as it is; wanted larger ones"),
+        (16, torch.float32, "dtype float32: packed keys and values are multiplied in bfloat16"),
+    ],
+)
+def test_near_tokens_that_no_kernel_takes_are_torch_s(page: int, dtype: torch.dtype, said: str) -> None:
+    step = near_step(page, dtype)
+    for name in ("attend_near", "kv_write", "near_write"):
+        assert {reason_against(node, GPU.target) for node in step.calls(name)} == {said}
+    assert f"by torch: attend_near: {said} (x1)" in notes(partition(step, GPU.target), GPU.target)
 
 
 TAILS: dict[str, Tail] = {
