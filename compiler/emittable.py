@@ -188,13 +188,14 @@ def near_of(attend: fx.Node) -> tuple[int, int]:
 
 
 def why_no_near(attend: fx.Node) -> str | None:
-    """None if the templates of decoding read this attention's near tokens, or it has none; else the reason."""
+    """None if the templates of decoding read the near tokens of keys and values that are both packed, else the reason.
+
+    There may be none.
+    """
     if op_name(attend) != "attend_near":
         return None
-    for pages, x, packing in zip(attend.args[1:3], attend.args[12:14], packings_of(attend), strict=True):
+    for pages, x in zip(attend.args[1:3], attend.args[12:14], strict=True):
         value, (_, _, page, row) = x.meta["val"], pages.meta["val"].shape  # type: ignore[union-attr]
-        if not packing:
-            return "of keys and values only one is packed; kernels see near tokens where both are"
         if value.dtype != torch.bfloat16:
             return f"near tokens in {value.dtype}; kernels read bfloat16".replace("torch.", "")
         if not NearLayout(page * row, value.shape[3], value.dtype.itemsize).rows_per_page:

@@ -72,6 +72,10 @@ def notes(kernels: Sequence[Kernel], target: Target) -> list[str]:
     alone = [k.nodes[0] for k in kernels if k.kind == "torch" and not is_row_choice(k.nodes[0])]
     lone = Counter(f"{target_name(n)}: {reason_against(n, target)}" for n in alone)
     found = ["kernels: " + ", ".join(f"{kind} x{count}" for kind, count in sorted(kinds.items()))]
+    if any(target_name(n) == "attend_near" for k in kernels if k.kind == "attention" for n in k.nodes):
+        found.append(
+            "by torch: attention of prompts, since kernels see tokens as they are in packed pages while decoding"
+        )
     return found + [f"by torch: {what} (x{count})" for what, count in lone.items()]
 
 

@@ -127,8 +127,10 @@ def test_near_tokens_are_written_by_the_kernel_that_attends(tail: str) -> None:
     names = [target_name(n) for n in inside]
     assert names.count("kv_write") == names.count("near_write") == 2
     assert all(n.args[5] is attend for n in step.calls("near_write"))
-    (found,) = (kernel for kernel in partition(step, GPU.target) if attend in kernel.nodes)
+    kernels = partition(step, GPU.target)
+    (found,) = (kernel for kernel in kernels if attend in kernel.nodes)
     assert found.kind == "attention"
+    assert "by torch: attention of prompts, since" in "\n".join(notes(kernels, GPU.target))
 
 
 @pytest.mark.parametrize(
