@@ -378,8 +378,7 @@ class Engine:
             if stop == start:
                 continue
             if stop - start > 1 and self.cache.near_pages:
-                # until the step is done: it writes over near rows that it reads, so one that raised has to begin anew
-                sequence.cached = 0
+                sequence.cached = 0  # until the step is done, as it writes over near rows that it reads
             ids += sequence.tokens[start:stop]
             positions += range(start, stop)
             slots += self.cache.slots(sequence.row, start, stop)

@@ -51,26 +51,30 @@ def attend_near(
     The tokens of a sequence have consecutive positions, in any order. Scores and sums in fp32 or wider.
     """
     near, out = Near(first, recent), q.new_empty((*q.shape[:-1], v.shape[-1]))
-    wide, group = torch.promote_types(q.dtype, torch.float32), q.shape[1] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
     for row in seq_ids.unique().tolist():
         tokens = (seq_ids == row).nonzero().squeeze(1)
         at = positions[0, tokens]
         keys, k_near = _seen(k_pages, k_packing, k[0, :, tokens], block_tables[row], at, near, wide)
         values, v_near = _seen(v_pages, v_packing, v[0, :, tokens], block_tables[row], at, near, wide)
-        keys, k_near, values, v_near = (x.repeat_interleave(group, 0)[None] for x in (keys, k_near, values, v_near))
-        everyone = torch.arange(keys.shape[2], device=q.device)
+        everyone = torch.arange(keys.shape[1], device=q.device)
         for some in torch.arange(len(tokens), device=q.device).split(QUERIES):
             asking, is_near = q[:, :, tokens[some]], near.sees(at[some], everyone)
             asked = Packing.parse(k_packing).asked(asking) if k_packing else asking
-            products = torch.where(is_near, asking.to(wide) @ k_near.mT, asked.to(wide) @ keys.mT)
+            products = torch.where(is_near, _by_head(asking.to(wide), k_near.mT), _by_head(asked.to(wide), keys.mT))
             probs = probabilities(products, visible(at[some], everyone, window), sinks, scale, softcap)
-            far = (probs * ~is_near) @ values
+            far = _by_head(probs * ~is_near, values)
             far = Packing.parse(v_packing).turned_back(far) if v_packing else far
-            out[:, :, tokens[some]] = (far + (probs * is_near) @ v_near).to(q.dtype)
+            out[:, :, tokens[some]] = (far + _by_head(probs * is_near, v_near)).to(q.dtype)
     return out
 
 
 attend_near.traceable = False
+
+
+def _by_head(x: Tensor, y: Tensor) -> Tensor:
+    """x [1, Hq, T, A] times y [Hkv, A, B], which a group of heads shares and which is not copied for each."""
+    return (x.reshape(y.shape[0], -1, x.shape[3]) @ y).view(*x.shape[:3], y.shape[2])
 
 
 def _seen(
