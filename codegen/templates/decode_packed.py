@@ -92,7 +92,7 @@ def decode_packed(
 
     k_pages uint8 [P, HKV, PAGE, row of D], v_pages uint8 [P, HKV, PAGE, row of DV] as `kv.pages_of` arranges them, of
     the packings K_KIND, V_KIND with Hadamard blocks of K_ORDER, V_ORDER. The FIRST first tokens of a sequence and the
-    RECENT last ones, its own included, are seen as they are (`kv.near`): bf16.
+    RECENT last ones, its own included, are seen as they are: bf16, arranged by `compiler.quant.near`.
     """
     if PDL and EARLY:
         _let_next_start(SPLITS <= FEW)
@@ -136,7 +136,7 @@ def decode_packed(
     if owner:  # a branch, since the others need nothing of it
         k = LOAD_K(n, h, c, c < D, e0, e1, e2, e3, e4, e5).to(tl.bfloat16).to(tl.float32)
         v = LOAD_V(n, h, cv, cv < DV, e0, e1, e2, e3, e4, e5).to(tl.bfloat16).to(tl.float32)
-        kept = RECENT > 0 or position < FIRST
+        kept = True if RECENT > 0 else position < FIRST
         if NEAR:
             store_near(k_pages, k, c, table, M, position, kept, h, K_KIND, HKV, D, PAGE, FIRST, RECENT)
             store_near(v_pages, v, cv, table, M, position, kept, h, V_KIND, HKV, DV, PAGE, FIRST, RECENT)

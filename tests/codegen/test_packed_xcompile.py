@@ -75,18 +75,28 @@ def test_every_isa(isa: str, packing: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_near_tokens_take_no_more_registers_than_there_are(isa: str) -> None:
-    """Also with as many query heads as need four warps, and without wgmma, whose operands would have to be drained."""
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+def test_near_tokens_take_no_more_registers_than_there_are(isa: str, packing: tuple[Any, ...]) -> None:
     target = Target.parse(f"cuda:{isa}")
-    wide = {"BLOCK_T": 32, "LEAST": 2, "EARLY": 0, "BLOCK_S": 8, "num_warps": 4, "num_stages": 2}
-    for packing in PACKINGS:
-        shape = {**SHAPE, "N": 1, "BITS": 4 if packing[0] == "int4" else 8}
-        first = decode_packed.configs(shape, "bfloat16", target)[0]
-        for config in (first, wide) if packing is PACKINGS[0] else (first,):
-            made = cubin.compile_kernel(decoding(target, config, packing, FIRST=4, RECENT=64), target)
-            assert made.spills == 0, (packing, config)
-            if isa == "sm_90":
-                assert "HGMMA" not in "\n".join(machine_code(made.data))
+    shape = {**SHAPE, "N": 1, "BITS": 4 if packing[0] == "int4" else 8}
+    config = decode_packed.configs(shape, "bfloat16", target)[0]
+    for near in ({"FIRST": 4, "RECENT": 64}, {"FIRST": 4, "RECENT": 0}):
+        assert cubin.compile_kernel(decoding(target, config, packing, **near), target).spills == 0, near
+
+
+def test_a_wgmma_over_near_values_reads_them_from_shared_memory() -> None:
+    """From registers it would have to be drained (`paged.drain`). So many heads have four warps, which can do it."""
+    target, heads = Target.parse("cuda:sm_90"), {"HQ": 64, "HKV": 2}
+    config = decode_packed.configs({**SHAPE, **heads, "N": 1, "BITS": 4}, "bfloat16", target)[0]
+    made = [
+        "\n".join(
+            machine_code(cubin.compile_kernel(decoding(target, config, PACKINGS[0], **heads, **near), target).data)
+        )
+        for near in ({}, {"FIRST": 4, "RECENT": 64})
+    ]
+    from_registers, from_shared = (r"HGMMA\S* R\d+, R\d+, gdesc", r"HGMMA\S* R\d+, gdesc\S+, R")
+    assert len({len(re.findall(from_registers, code)) for code in made}) == 1
+    assert [len(re.findall(from_shared, code)) for code in made] == [0, 2]
 
 
 def test_a_tile_reaches_the_tensor_cores_without_moving_between_lanes() -> None:
