@@ -29,7 +29,7 @@ from llmopt.codegen.kernel import Call, Scalar
 from llmopt.codegen.printer import Operands
 from llmopt.compiler.emittable import keeps_order, op_name, weight_of
 from llmopt.compiler.errors import EmitError
-from llmopt.passes.partition import base
+from llmopt.passes.fusible import base
 
 
 def product(region: FusedRegion, tokens: int) -> None:

@@ -28,7 +28,8 @@ from llmopt.compiler.graph import Graph, origin, target_name
 from llmopt.compiler.pipeline import Context, Pass, PassStats
 from llmopt.compiler.program import Program
 from llmopt.compiler.target import Target
-from llmopt.passes.partition import Kernel, base, is_row_choice, is_view, near_writes, partition, reason_against
+from llmopt.passes.fusible import base, is_row_choice, is_view, near_writes, reason_against
+from llmopt.passes.partition import Kernel, partition
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from llmopt.compiler.graph import Graph, origin, target_name, where
 from llmopt.compiler.op import Op, op_of
 from llmopt.compiler.pipeline import Context, Pass, PassStats
 from llmopt.compiler.program import Program
+from llmopt.passes.fusible import reason_against
 from llmopt.passes.outline import outline, outline_kernels
-from llmopt.passes.partition import reason_against
 
 _log = logging.getLogger("llmopt")
 _ATTENDS = tuple(f"{name} not by triton" for name in sorted(ATTENDS))

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from llmopt.compiler.emittable import ATTENDS, PRODUCTS
 from llmopt.compiler.graph import Graph, SizeType, target_name, type_of
 from llmopt.compiler.target import Target
-from llmopt.passes.partition import is_row_choice, is_view, reason_against
+from llmopt.passes.fusible import is_row_choice, is_view, reason_against
 
 
 @dataclass

@@ -16,7 +16,8 @@ from llmopt.compiler.program import ModelFacts, Program
 from llmopt.compiler.recipe import RECIPES
 from llmopt.compiler.target import Target
 from llmopt.passes import Canonicalize, Fuse, InsertKVCache, RaiseAten
-from llmopt.passes.partition import partition, reason_against
+from llmopt.passes.fusible import reason_against
+from llmopt.passes.partition import partition
 
 TARGET = Target.parse("cuda:sm_90")
 F = nn.functional

@@ -18,7 +18,8 @@ from llmopt.compiler.recipe import RECIPES
 from llmopt.compiler.target import Target
 from llmopt.passes import Canonicalize, Fuse, InsertKVCache, QuantizeKV, RaiseAten
 from llmopt.passes.fuse import notes
-from llmopt.passes.partition import partition, reason_against
+from llmopt.passes.fusible import reason_against
+from llmopt.passes.partition import partition
 
 F = nn.functional
 GPU = Context(Target.parse("cuda:sm_90"), RECIPES["default"], None)
