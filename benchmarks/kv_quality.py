@@ -46,6 +46,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "int4": {"rotate": "none"},
     **{f"int4 k{order}": {"order": order, "rotate": "k"} for order in (16, 32, 64)},
     **{f"int4 kv{order}": {"order": order, "rotate": "kv"} for order in (16, 32, 64)},
+    "int4 near": {"rotate": "none", "sinks": 4, "recent": 60},
+    "int4 k32 near": {"order": 32, "rotate": "k", "sinks": 4, "recent": 60},
 }
 BIASES = (10.0, 30.0)  # times a key's root mean square
 Figures = dict[str, Any]
