@@ -230,8 +230,8 @@ def contexts(figures: dict[str, Any]) -> str:
     """Decoding steps behind long contexts."""
     cases = figures["cases"]
     lines = [
-        f"Steps of {names(cases, 'model')} with packed caches, one {machine(cases[0])}, in turns; `:rotate=none` rotates "
-        "nothing.",
+        f"Steps of {names(cases, 'model')} with packed caches, one {machine(cases[0])}, in turns; `:rotate=none` "
+        "rotates nothing.",
         "",
         "| batch | context | recipe | KV bytes a token | a step | times the first |",
         "|---|---|---|---|---|---|",
