@@ -200,9 +200,10 @@ def attention(figures: dict[str, Any]) -> str:
 def packed(figures: dict[str, Any]) -> str:
     """Decoding attention over packed keys and values: a row for each packing; and what storing them takes."""
     cases = figures["attention"]
+    pages = " and ".join(n.removeprefix("flex") for n in cases[0]["us"] if n.startswith("flex"))
     lines = [
         "The same over packed keys and values (`keys/values`; `h128`: rotated in blocks of 128), against our own bf16 "
-        f"pages and the fastest FlexAttention there is, one {machine(figures)}; reading moves "
+        f"pages and FlexAttention over pages of {pages}, one {machine(figures)}; reading moves "
         f"{figures['read_bytes_per_s'] / 1e12:.2f} TB/s here. *GB/s* are those of the packed bytes.",
         "",
         "| contexts | keys/values | a call | GB/s | times bf16 | times FlexAttention |",
@@ -230,8 +231,8 @@ def contexts(figures: dict[str, Any]) -> str:
     """Decoding steps behind long contexts."""
     cases = figures["cases"]
     lines = [
-        f"Steps of {names(cases, 'model')} with packed caches, one {machine(cases[0])}, in turns; `:rotate=none` "
-        "rotates nothing.",
+        f"Steps of {names(cases, 'model')} with packed caches, one {machine(cases[0])}, in turns; `:none` and "
+        "`:rotate=none` rotate nothing.",
         "",
         "| batch | context | recipe | KV bytes a token | a step | times the first |",
         "|---|---|---|---|---|---|",
