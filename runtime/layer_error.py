@@ -1,4 +1,5 @@
-"""Where in a model the error comes in: its hidden state layer by layer against another program's, and its weights' own.
+"""Where in a model the error comes in: its hidden state layer by layer against another program's, its weights' own, and
+that of attention's scores over packed keys.
 
 The hidden state is looked at where it alone is alive (`passes.outline.blocks`): behind the embedding, each
 attention and each MLP. Both programs run `forward`, which holds the same rewrites as the step but is not cut into
@@ -15,8 +16,11 @@ import torch
 from torch import Tensor
 
 from llmopt.compiler.errors import InputError
-from llmopt.compiler.graph import origin
+from llmopt.compiler.graph import Graph, origin
 from llmopt.compiler.program import Program
+from llmopt.compiler.quant.kv import packing_for
+from llmopt.compiler.quant.near import Near
+from llmopt.passes import QuantizeKV
 from llmopt.passes.outline import Region, blocks
 from llmopt.runtime.executor import Executor
 from llmopt.runtime.loader import read_weights
@@ -48,6 +52,16 @@ class WeightError:
     sqnr_db: float
 
 
+@dataclass(frozen=True)
+class ScoreError:
+    """An attention whose keys are packed: the root mean square error of its scores, as the softmax sees them, and the
+    scores' own standard deviation, each over a head's queries and the keys they see; both averaged over heads."""
+
+    name: str
+    rmse: float
+    deviation: float
+
+
 def weight_errors(report: Report) -> list[WeightError]:
     """The quantised weights of a program, in the order of its products; none if nothing was quantised or read yet."""
     return [
@@ -75,6 +89,49 @@ def stream_errors(ours: Loaded, theirs: Loaded, ids: Tensor) -> list[StreamError
     ]
 
 
+def score_errors(loaded: Loaded, cache: QuantizeKV, ids: Tensor) -> list[ScoreError]:
+    """The error that a packed cache makes in each attention, in order, for ids int64 [B, T] read from position 0; keys
+    and queries are those of `forward`, in which nothing is packed. Empty where keys are not."""
+    graph = loaded.program.graph("forward").copy()
+    attentions = list(graph.calls("attention"))
+    graph.fx.output_node().args = (tuple(n for node in attentions for n in node.args[:2]),)
+    values = _values(loaded, graph, ids)
+    found = []
+    for number, node in enumerate(attentions):
+        q, k = values[2 * number], values[2 * number + 1]
+        how = None if number in cache.skip else packing_for("k", cache.keys, cache.order, cache.rotate, k.shape[-1])
+        if how is not None:
+            scale, window = float(node.args[4]), int(node.args[5])  # type: ignore[arg-type]
+            rounded = how.turned_back(how.unpack(how.pack(k)))
+            found.append(ScoreError(origin(node).module, *_scores(q, k, rounded, scale, window, cache)))
+    return found
+
+
+def _scores(q: Tensor, k: Tensor, rounded: Tensor, scale: float, window: int, cache: QuantizeKV) -> tuple[float, float]:
+    at = torch.arange(q.shape[2], device=q.device)
+    far = at[:, None] - at
+    seen = (far >= 0) & (far < (window or len(at)))
+    near = Near(cache.sinks, cache.recent).sees(at, at)
+    group = q.shape[1] // k.shape[1]
+    errors, deviations = [], []
+    for head in range(q.shape[1]):  # one head's scores at a time: those of all may not fit
+        asked, keys, kept = q[:, head].float(), k[:, head // group].float(), rounded[:, head // group].float()
+        right, packed = (scale * (asked @ x.transpose(1, 2)) for x in (keys, kept))
+        errors.append(torch.where(near, 0.0, packed - right)[:, seen].square().mean().sqrt())
+        deviations.append(right[:, seen].std())
+    return float(torch.stack(errors).mean()), float(torch.stack(deviations).mean())
+
+
+def _values(loaded: Loaded, graph: Graph, ids: Tensor) -> tuple[Tensor, ...]:
+    """What a graph made of `forward` gives for ids [B, T]."""
+    graph.fx.eliminate_dead_code()
+    program = replace(loaded.program, graphs={"forward": graph})
+    weights = read_weights(program, ("forward",), loaded.weights, loaded.device)
+    run = Executor(graph, weights, device=loaded.device)
+    found = run(ids, torch.arange(ids.shape[1]).expand(ids.shape).contiguous())
+    return found if isinstance(found, tuple) else (found,)
+
+
 def _relative(x: Tensor, y: Tensor) -> float:
     # token by token: the first one's state is often a hundred times the others', and would hide them
     lengths = y.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
@@ -86,13 +143,7 @@ def hidden_states(loaded: Loaded, ids: Tensor) -> list[tuple[str, Tensor]]:
     graph = loaded.program.graph("forward").copy()
     found = blocks(graph)
     graph.fx.output_node().args = (tuple(block.outputs[0] for block in found),)
-    graph.fx.eliminate_dead_code()
-    program = replace(loaded.program, graphs={"forward": graph})
-    weights = read_weights(program, ("forward",), loaded.weights, loaded.device)
-    run = Executor(graph, weights, device=loaded.device)
-    positions = torch.arange(ids.shape[1]).expand(ids.shape).contiguous()
-    values = run(ids, positions)
-    return list(zip(map(_name, found), (values,) if len(found) == 1 else values, strict=True))
+    return list(zip(map(_name, found), _values(loaded, graph, ids), strict=True))
 
 
 def _name(block: Region) -> str:

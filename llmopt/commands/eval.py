@@ -24,12 +24,13 @@ from llmopt.compiler.pipeline import Context
 from llmopt.compiler.program import ModelFacts, Program
 from llmopt.console import Progress, bar, is_artifact, say, stages, write_table
 from llmopt.model import CompiledModel
+from llmopt.passes import PASSES, QuantizeKV
 from llmopt.runtime import measure as records
 from llmopt.runtime.artifact import Parts
 from llmopt.runtime.artifact import load as load_parts
 from llmopt.runtime.build import build
 from llmopt.runtime.gpu_code import code_for
-from llmopt.runtime.layer_error import Loaded, stream_errors, weight_errors
+from llmopt.runtime.layer_error import Loaded, score_errors, stream_errors, weight_errors
 from llmopt.runtime.perplexity import Closeness, LogitsFn, Mean, Quality, batched, measure, step_logits, windows
 from llmopt.runtime.report import Report
 from llmopt.runtime.tokenizer import load_tokenizer
@@ -233,7 +234,7 @@ def figures_of(subject: Subject, quality: Quality, seconds: float) -> dict[str, 
     return {
         **_described(settings.model, subject.ours),
         "data": Path(settings.data).name, "window": settings.window, "windows": len(subject.windows),
-        "batch": settings.batch, "tokens": quality.tokens, "seconds": round(seconds, 3),
+        "batch": settings.batch, "tokens": quality.tokens, "seconds": round(seconds, 3), "scores": scores(subject),
         **_likelihood(quality.nll), "against": against, **records.environment(),
     }  # fmt: skip
 
@@ -260,6 +261,16 @@ def _compared(found: Closeness, name: str, model: CompiledModel) -> dict[str, An
         "nll_difference": found.difference.value, "nll_difference_error": found.difference.error,
         "kl": found.kl.value, "kl_error": found.kl.error, "kl_largest": found.worst, "top1": found.top1.value,
     }  # fmt: skip
+
+
+def scores(subject: Subject) -> list[dict[str, Any]]:
+    """What a packed cache does to each attention's scores over the first window; empty where keys are not packed."""
+    caches = [p for p in subject.ours.recipe.build(PASSES) if isinstance(p, QuantizeKV)]
+    ours = subject.ours
+    if not caches or "forward" not in ours.program.graphs:
+        return []
+    loaded = Loaded(ours.program, ours.weights, ours.session.device)
+    return [asdict(error) for error in score_errors(loaded, caches[0], subject.windows[0][None, :-1])]
 
 
 def layers(subject: Subject) -> dict[str, Any]:
@@ -326,6 +337,13 @@ def show(figures: dict[str, Any]) -> None:
         print(f"KL divergence {_with_error(other, 'kl')} nats a token, at most {other['kl_largest']:.3g}")
         print(f"nll differs by {_with_error(other, 'nll_difference')}")
         print(f"the same most likely token at {other['top1']:.2%} of positions")
+    if errors := figures["scores"]:
+        worst = max(errors, key=lambda e: e["rmse"])
+        mean = sum(e["rmse"] for e in errors) / len(errors)
+        print(
+            f"packed keys: attention's scores are off by {mean:.3g} (root mean square) on average, most in "
+            f"{worst['name']}: {worst['rmse']:.3g}, where they vary by {worst['deviation']:.3g}"
+        )
     print(f"{figures['tokens']} tokens in {figures['seconds']:.1f} s")
 
 

@@ -16,11 +16,10 @@ pytestmark = pytest.mark.xcompile
 
 H200 = Target.parse("cuda:sm_90")
 DOWN = Case(14336, gated=True)  # 112 * 128: what an 8B model's down projections read
-CASES = [DOWN, Case(128, 32), Case(28672)]
+WIDE = Case(28672)  # 128 * 224, of a 70B model
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: str(c.order))
+@pytest.mark.parametrize(("isa", "case"), [*((isa, DOWN) for isa in ISAS), ("sm_90", WIDE), ("sm_90", Case(128, 32))])
 def test_it_compiles_and_nothing_spills(isa: str, case: Case) -> None:
     target = Target.parse(f"cuda:{isa}")
     for tokens in (1, 1024):
@@ -37,19 +36,17 @@ def test_other_dtypes_compile(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 1024])
 def test_all_choices_compile_and_multiply_on_tensor_cores(tokens: int) -> None:
-    for case in (DOWN, Case(128, 32)):
-        for config in rotated.configs(case.sizes(tokens), "bfloat16", H200):
-            made = cubin.compile_kernel(case.rotated(config, pdl=True), H200)
-            found = names(machine_code(made.data))
-            assert made.spills == 0, config
-            assert found["HGMMA"] or found["HMMA"], config
+    for config in rotated.configs(DOWN.sizes(tokens), "bfloat16", H200):
+        made = cubin.compile_kernel(DOWN.rotated(config, pdl=True), H200)
+        assert made.spills == 0, config
+        assert names(machine_code(made.data))["HGMMA"], config
 
 
-@pytest.mark.parametrize("isa", ["sm_90", "sm_100", "sm_120"])
-@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp8"])
+@pytest.mark.parametrize("isa", ["sm_100", "sm_120"])
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp8"])
 def test_rounding_behind_it_compiles(isa: str, scheme: str) -> None:
     target = Target.parse(f"cuda:{isa}")
-    for case in (DOWN, Case(128, 32), Case(4096)):
+    for case in (DOWN, Case(4096)):
         sizes = case.codes_sizes(scheme, 1)
         if isa == "sm_120" and case is DOWN:
             assert "a tile has 16384 elements; at most 4096" in str(rotated_codes.supports(sizes, scheme, target))

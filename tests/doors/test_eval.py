@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,8 @@ from llmopt.commands.eval import Settings, layers, prepared
 from llmopt.commands.model import uncompressed
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.recipe import RECIPES, Recipe
+from llmopt.passes import QuantizeKV
+from llmopt.runtime.layer_error import Loaded, ScoreError, score_errors
 
 PICO = str(Path(__file__).resolve().parents[2] / "examples" / "models" / "pico-llama-4m")
 WINDOW = 96
@@ -216,6 +218,24 @@ def test_more_bits_less_error_everywhere(tokens: str, compared: dict):
         assert more["relative"] < less["relative"] / 4
     for more, less in zip(fine["weights"], coarse["weights"], strict=True):
         assert more["sqnr_db"] > less["sqnr_db"] + 12
+
+
+def test_errors_of_scores_over_packed_keys(tokens: str):
+    subject = prepared(Settings(PICO, tokens, "int4-kv", "cpu", "float32", window=WINDOW))
+    ours, window = subject.ours, subject.windows[0][None, :-1]
+
+    def found(**options: object) -> list[ScoreError]:
+        return score_errors(Loaded(ours.program, ours.weights, ours.session.device), QuantizeKV(**options), window)
+
+    int4, int8 = found(), found(keys="int8")
+    assert [asdict(e) for e in int4] == command.scores(subject)
+    assert [e.name for e in int4] == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert all(0 < b.rmse < a.rmse / 8 < a.deviation for a, b in zip(int4, int8, strict=True))
+    assert [e.name for e in found(skip=(0,))] == ["layers.1.self_attn"]
+    assert [e.rmse for e in found(recent=WINDOW)] == [0, 0]
+    assert found(keys="none") == []
+    out = " ".join(cli(PICO, "-d", tokens, "--recipe", "int4-kv", *FP32)[1].split())
+    assert "packed keys: attention's scores are off by" in out
 
 
 def test_mistakes_in_data(artifact: str, tmp_path: Path):
