@@ -271,8 +271,8 @@ def kv_prefix(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"Tokens that greedy texts share with those of the unpacked cache before they part, of {first['tokens']}: "
         f"{first['prompts']} prompts of {first['prompt_tokens']} tokens, {names(rows, 'model')}, "
-        f"{names(rows, 'dtype')}, one {first['gpu']['name']}. Texts part at near ties, so means of so few prompts "
-        "differ by chance, too.",
+        f"{names(rows, 'dtype')}, one {first['gpu']['name']}. `near`: the first 4 and the last 60 tokens are seen "
+        "as they are. Texts part at near ties, so means of so few prompts differ by chance, too.",
         "",
         "| packing | mean | median | whole texts |",
         "|---|---|---|---|",
