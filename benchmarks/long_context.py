@@ -27,7 +27,7 @@ from _gpu_peers import Llmopt
 from _gpu_timing import Clock, Denominators, interleaved, kernels, relative_error, summary
 from torch import Tensor
 
-from llmopt.compiler.emittable import packings_of
+from llmopt.compiler.emittable import ATTENDS, op_name, packings_of
 from llmopt.compiler.ops.attention import write_packed
 from llmopt.compiler.quant.kv import Packing
 from llmopt.compiler.recipe import PassSpec, Recipe
@@ -76,7 +76,8 @@ class Filled(Llmopt):
 
 def packings(program: Any) -> tuple[str, str, int]:
     """How keys and values are packed, all layers alike, and a head's channels."""
-    attend = next(node for graph in program.graphs.values() for node in graph.calls("attend"))
+    nodes = (node for graph in program.graphs.values() for node in graph.calls())
+    attend = next(node for node in nodes if op_name(node) in ATTENDS)
     return *packings_of(attend), attend.args[0].meta["val"].shape[-1]
 
 
