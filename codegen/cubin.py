@@ -22,13 +22,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmopt.codegen import hooks
+from llmopt.codegen import hooks, machine_code
 from llmopt.codegen.kernel import Kernel
 from llmopt.compiler import knobs
 from llmopt.compiler.errors import BuildError
 from llmopt.compiler.target import Target
 
-VERSION = 1
+VERSION = 2
 _ONE_AT_A_TIME = threading.Lock()  # Triton's settings and sys.stdout are the process's
 # Triton's settings by part that change code and that its own list of environment variables lacks
 _SETTINGS = {
@@ -216,11 +216,22 @@ def _compile(kernel: Kernel, sm: int) -> Cubin:
     meta = made.metadata
     if meta.global_scratch_size or meta.profile_scratch_size:
         raise BuildError(f"{where}: it needs scratch memory, which launches do not give; use pointers")
+    if "wgmma" in made.asm["ptx"]:
+        _check_assembly(where, made.asm["cubin"], toolkit)
     registers, spills = _resources(said.getvalue())
     params = tuple(types[name] for name in function.arg_names if name in types)
     return Cubin(
         made.asm["cubin"], meta.name, meta.shared, meta.num_warps, params, kernel.pdl, isa, toolkit, registers, spills
     )
+
+
+def _check_assembly(where: str, cubin: bytes, toolkit: str) -> None:
+    if odd := machine_code.never_written(machine_code.instructions(cubin)):
+        raise BuildError(
+            f"{where}: ptxas {toolkit} made code of it that reads a register nothing writes ({odd[0]}), which would "
+            "multiply by whatever lies elsewhere; use other constants, or name an assembler of CUDA 13 in "
+            "TRITON_PTXAS_PATH"
+        )
 
 
 def _defaults(function: Any) -> dict[str, Any]:

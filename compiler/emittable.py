@@ -49,7 +49,6 @@ OPERANDS = {"gemm": 6, "rows": 8}  # tensors a template's hooks may read
 OUTPUTS = 4  # tensors a kernel over rows may write
 LONGEST_ROW = 16384  # elements of a reduced axis: one program holds them all
 
-TALLEST = 32  # rows of a rotation's first matrix, where there are two
 LARGEST_HEAD = 256  # channels: the registers of a program hold so many for every query head
 LARGEST_GROUP = 128  # query heads of one key/value head, for the same reason
 
@@ -122,10 +121,6 @@ def why_no_rotation(rotate: fx.Node) -> str | None:
         return f"dtype {dtype}: wanted bfloat16, float16 or float32"
     if sum(not isinstance(size, int) for size in shape) != 1 or not isinstance(shape[-1], int):
         return f"its shape is {list(shape)}; wanted one size that differs from step to step, and not the last"
-    left, right = (len(factor.meta["val"]) for factor in rotate.args[1:3])  # type: ignore[union-attr]
-    # taller ones are right by themselves, but the one whole step that had them on a GPU read memory it may not
-    if left * right > 128 and left > TALLEST:
-        return f"its matrices have {left} and {right} rows; wanted at most {TALLEST} of the first"
     return None
 
 

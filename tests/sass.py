@@ -1,30 +1,15 @@
-"""What stands in a cubin's machine code: the loop, what its instructions cost, and registers written too early."""
+"""What stands in a loop of machine code, what its instructions cost, and registers written too early."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections import Counter
-from pathlib import Path
 
 from llmopt.codegen.cubin import Cubin
+from llmopt.codegen.machine_code import instructions
 
 # what moves data between lanes or to memory that only registers should hold
 MOVES = ("SHFL", "STS", "STSM", "LDL", "STL")
-
-
-def machine_code(cubin: bytes) -> list[str]:
-    """Labels and instructions, one an element, predicates left out."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"^(\.L_x_\d+:)|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", text, re.MULTILINE)
-    return [label or instruction.strip() for label, instruction in found]
 
 
 def loop(code: list[str]) -> list[str]:
@@ -40,7 +25,7 @@ def loop(code: list[str]) -> list[str]:
 def undisturbed(made: Cubin, what: object = "") -> list[str]:
     """The loop of a kernel that makes operands in registers: checked for what would move these out of the way (spills)
     and for what would change them while a product reads them."""
-    repeated = loop(machine_code(made.data))
+    repeated = loop(instructions(made.data))
     count = names(repeated)
     assert made.spills == 0, what
     assert not count["LDL"] + count["STL"], what

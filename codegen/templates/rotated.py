@@ -111,9 +111,14 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
     else:
         # where products take operands from memory, registers are left for more columns
         large, wide = bool({"wgmma", "tcgen05"} & target.features), whole > WIDEST.value
-        if shape["N"] <= 64:
-            tried = [(64, 1, 8, 1), (32, 1, 8, 1)] if shape["N"] > 8 else [(32, 1, 8, 1)]
-            tried = [(16, 1, 4, 1), (32, 1, 4, 1)] * (large and not wide and shape["N"] <= 8) + tried
+        if rows > 128:
+            tried = [(32, 4, 8, 1), (32, 1, 8, 1)][shape["N"] <= 64 :] if large else [(16, 1, 8, 1)]
+        elif shape["N"] <= 64:
+            # with fewer warps ptxas may build the second product's descriptors wrongly (`machine_code.never_written`);
+            # two warps multiply by mma.sync, which has none
+            warps = 8 if rows > 64 else 2
+            tried = [(64, 1, 8, 1), (32, 1, warps, 1)] if shape["N"] > 8 else [(32, 1, warps, 1)]
+            tried = [(16, 1, warps, 1)] * (large and not wide and shape["N"] <= 8) + tried
         elif large and not wide:
             tried = [(128, 8, 8, 3), (128, 4, 8, 2), (128, 4, 8, 1), (64, 4, 8, 1), (64, 1, 8, 1)]
         else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from attention_cases import HOOKS, ISAS, SHAPE, attention_entries
 
 from llmopt.codegen import cubin
 from llmopt.codegen.kernel import Kernel
+from llmopt.codegen.machine_code import instructions
 from llmopt.codegen.splits import splits as splits_for
 from llmopt.codegen.templates import decode_attention as decode
 from llmopt.codegen.templates import prefill_attention as prefill
@@ -54,14 +54,6 @@ def prompts(shape: dict[str, int], config: dict[str, Any], dtype: str, sinks: bo
         "prefill_attention:prefill_attention", tuple(types.items()), (*constants(shape, settings, config), *none),
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
-
-
-def machine_code(made: cubin.Cubin, tmp_path: Path) -> str:
-    import triton
-
-    (tmp_path / "it.cubin").write_bytes(made.data)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    return subprocess.run([tool, "-c", tmp_path / "it.cubin"], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -122,31 +114,31 @@ def test_other_heads_compile_and_hardly_spill(
     assert cubin.compile_kernel(prompts(shape, config, "bfloat16", **settings), target).spills <= 8
 
 
-def test_keys_and_values_arrive_by_asynchronous_copies_of_16_bytes(tmp_path: Path) -> None:
+def test_keys_and_values_arrive_by_asynchronous_copies_of_16_bytes() -> None:
     target = Target.parse("cuda:sm_90")
     config = decode.configs(SHAPE, "bfloat16", target)[0]
-    code = machine_code(cubin.compile_kernel(decoding(target, SHAPE, config, "bfloat16"), target), tmp_path)
-    copies = re.findall(r"LDGSTS[.\w]*", code)
+    code = instructions(cubin.compile_kernel(decoding(target, SHAPE, config, "bfloat16"), target).data)
+    copies = [text for text in code if text.startswith("LDGSTS")]
     assert len(copies) >= 2 * config["BLOCK_T"] * 128 * 2 // (16 * 32 * config["num_warps"])
     assert all(".128" in copy for copy in copies)
 
 
-def instructions(made: cubin.Cubin, tmp_path: Path) -> list[str]:
-    """Names in order, predicates left out: ACQBULK waits for the kernel ahead, PREEXIT lets the next one start."""
-    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", machine_code(made, tmp_path))
-    assert lines.count("ACQBULK") == 1
-    return lines
+def in_order(made: cubin.Cubin) -> list[str]:
+    """Instructions and labels: ACQBULK waits for the kernel ahead, PREEXIT lets the next one start."""
+    found = instructions(made.data)
+    assert found.count("ACQBULK") == 1
+    return found
 
 
 @pytest.mark.parametrize("tile", [(32, 1), (64, 4)], ids=str)
-def test_first_keys_are_read_and_nothing_written_before_the_wait(tile: tuple[int, int], tmp_path: Path) -> None:
+def test_first_keys_are_read_and_nothing_written_before_the_wait(tile: tuple[int, int]) -> None:
     target = Target.parse("cuda:sm_90")
     plain = (c for c in decode.configs(SHAPE, "bfloat16", target) if (c["BLOCK_T"], c["num_warps"]) == tile)
     config = {**next(plain), "PEEL": 1, "AHEAD": 1, "EARLY": 1}
     keys = 2 * tile[0] // tile[1]  # keys and values a warp
     made = cubin.compile_kernel(decoding(target, SHAPE, config, "bfloat16"), target)
     assert made.spills == 0
-    found = instructions(made, tmp_path)
+    found = in_order(made)
     wait = found.index("ACQBULK")
     ahead, after = found[:wait], found[wait:]
     assert sum(".128" in name for name in ahead if name.startswith("LDG")) == keys * 128 * 2 // (16 * 32)
@@ -156,10 +148,10 @@ def test_first_keys_are_read_and_nothing_written_before_the_wait(tile: tuple[int
     assert any(name.startswith("STG") for name in after)
 
 
-def test_without_early_the_next_kernel_starts_after_the_last_keys(tmp_path: Path) -> None:
+def test_without_early_the_next_kernel_starts_after_the_last_keys() -> None:
     target = Target.parse("cuda:sm_90")
     config = decode.configs(SHAPE, "bfloat16", target)[0]
-    found = instructions(cubin.compile_kernel(decoding(target, SHAPE, config, "bfloat16"), target), tmp_path)
+    found = in_order(cubin.compile_kernel(decoding(target, SHAPE, config, "bfloat16"), target))
     assert found.index("PREEXIT") > max(i for i, name in enumerate(found) if name.startswith("LDGSTS"))
 
 
@@ -169,23 +161,22 @@ def test_rows_let_the_next_kernel_start_after_their_own_wait() -> None:
     assert -1 < text.find("gdc_wait()") < text.find("gdc_launch_dependents()")
 
 
-def test_a_product_from_registers_has_ended_before_they_are_used_again(tmp_path: Path) -> None:
+def test_a_product_from_registers_has_ended_before_they_are_used_again() -> None:
     target = Target.parse("cuda:sm_90")
     config = prefill.configs(SHAPE, "bfloat16", target)[0]
     drained, plain = (
         cubin.compile_kernel(prompts(SHAPE, {**config, "DRAIN": drain}, "bfloat16"), target) for drain in (1, 0)
     )
     assert config["DRAIN"] == 1
-    waits = [len(re.findall(r"WARPGROUP\.DEPBAR", machine_code(made, tmp_path))) for made in (drained, plain)]
+    waits = ["\n".join(instructions(made.data)).count("WARPGROUP.DEPBAR") for made in (drained, plain)]
     assert waits[0] > waits[1]
 
 
-def overwritten(code: str) -> list[str]:
+def overwritten(code: list[str]) -> list[str]:
     """What comes, before a wait, behind a wgmma that reads its left operand from registers: the loop's next turn, and
     writes to those registers."""
-    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", code)
     found, held = [], set()
-    for text in lines:
+    for text in code:
         if left := re.search(r"HGMMA\S* R\d+, R(\d+), gdesc", text):
             held |= {f"R{int(left[1]) + i}" for i in range(4)}
         elif re.match(r"WARPGROUP\.DEPBAR\S* gsb0, 0x0", text):
@@ -196,15 +187,15 @@ def overwritten(code: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("group", "size"), [(33, 128), (71, 64), (128, 64)])
-def test_many_heads_a_key_wait_for_products_from_registers(group: int, size: int, tmp_path: Path) -> None:
+def test_many_heads_a_key_wait_for_products_from_registers(group: int, size: int) -> None:
     target, shape = Target.parse("cuda:sm_90"), {"HQ": group, "HKV": 1, "D": size, "DV": size, "PAGE": 16}
     config = decode.configs(shape, "bfloat16", target)[0]
     drained, plain = (
         cubin.compile_kernel(decoding(target, shape, {**config, "DRAIN": drain}, "bfloat16"), target)
         for drain in (config["DRAIN"], 0)
     )
-    assert overwritten(machine_code(plain, tmp_path))
-    assert not overwritten(machine_code(drained, tmp_path))
+    assert overwritten(instructions(plain.data))
+    assert not overwritten(instructions(drained.data))
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gemm_cases import Case
+from sass import loop
 
 from llmopt.codegen import cubin, tuning
+from llmopt.codegen.machine_code import instructions
 from llmopt.compiler.target import Target
 
 pytestmark = pytest.mark.xcompile
@@ -28,26 +28,6 @@ ISAS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"]
 
 def compiled(case: Case, template: str, config: Mapping[str, Any], target: Target) -> cubin.Cubin:
     return cubin.compile_kernel(case.kernel(template, config, pdl="pdl" in target.features), target)
-
-
-def machine_code(made: cubin.Cubin, tmp_path: Path) -> list[str]:
-    """Labels and instructions, one an element, predicates left out."""
-    import triton
-
-    (tmp_path / "it.cubin").write_bytes(made.data)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    text = subprocess.run([tool, "-c", tmp_path / "it.cubin"], capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"^(\.L_x_\d+:)|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", text, re.MULTILINE)
-    return [label or instruction.strip() for label, instruction in found]
-
-
-def loop(code: list[str]) -> list[str]:
-    """What is repeated along K: from the label that a later branch goes back to, up to that branch."""
-    for end, text in enumerate(code):
-        back = re.fullmatch(r"BRA.*\((\.L_x_\d+)\)", text)
-        if back and f"{back[1]}:" in code[:end]:
-            return code[code.index(f"{back[1]}:") : end]
-    raise AssertionError("no loop")
 
 
 def some(code: list[str], *names: str) -> list[str]:
@@ -81,23 +61,23 @@ def test_rows_shorter_than_a_load_compile(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_norm_in_fp16_compiles_for_every_gpu(isa: str, tmp_path: Path) -> None:
+def test_a_norm_in_fp16_compiles_for_every_gpu(isa: str) -> None:
     """It is taken before the product, not after it as in bf16."""
     case, target = replace(SHAPES["qkv"], dtype=torch.float16), Target.parse(f"cuda:{isa}")
     made = compiled(case, "gemm", tuning.pick("gemm", case.sizes(16), "float16", target), target)
     assert made.spills <= 16
-    assert not from_registers(machine_code(made, tmp_path))
+    assert not from_registers(instructions(made.data))
 
 
 @pytest.mark.parametrize(("name", "prefetch"), [("qkv", 0), ("qkv", 1), ("gate_up", 1), ("down", 1)])
-def test_gemv_streams_in_16_bytes(name: str, prefetch: int, tmp_path: Path) -> None:
+def test_gemv_streams_in_16_bytes(name: str, prefetch: int) -> None:
     case, target = SHAPES[name], Target.parse("cuda:sm_90")
     rows = 8 // case.parts
     config = {
         "BLOCK_J": rows, "BLOCK_K": 1024, "PREFETCH": prefetch, "EARLY": 0, "EVICT": "", "ASK": 0, "num_warps": 4,
         "num_stages": 1,
     }  # fmt: skip
-    code = machine_code(compiled(case, "gemv", config, target), tmp_path)
+    code = instructions(compiled(case, "gemv", config, target).data)
     assert len([text for text in some(loop(code), "LDG") if ".128" in text]) >= 8
     assert not some(loop(code), "LDL", "STL", "SHFL", "STS", "LDS", "BAR")
     # the first weights are under way before the wait for the kernel ahead, or nothing is
@@ -106,12 +86,12 @@ def test_gemv_streams_in_16_bytes(name: str, prefetch: int, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("template", ["gemv", "gemm"])
-def test_weights_are_asked_for_before_the_wait(template: str, tmp_path: Path) -> None:
+def test_weights_are_asked_for_before_the_wait(template: str) -> None:
     target = Target.parse("cuda:sm_90")
     for name, early in (("qkv", 0), ("gate_up", 1)):
         case = SHAPES[name]
         config = tuning.pick(template, case.sizes(1), "bfloat16", target) | {"ASK": 1, "EARLY": early}
-        code = machine_code(compiled(case, template, config, target), tmp_path)
+        code = instructions(compiled(case, template, config, target).data)
         wait = code.index(some(code, "ACQBULK")[0])
         asked = [i for i, text in enumerate(code) if text.startswith("UBLKPF")]
         assert len(asked) == case.parts
@@ -121,12 +101,10 @@ def test_weights_are_asked_for_before_the_wait(template: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("width", [8, 16, 64])
 @pytest.mark.parametrize("name", SHAPES)
-def test_gemm_copies_weights_in_16_bytes_and_multiplies_from_shared_memory(
-    name: str, width: int, tmp_path: Path
-) -> None:
+def test_gemm_copies_weights_in_16_bytes_and_multiplies_from_shared_memory(name: str, width: int) -> None:
     case, target = SHAPES[name], Target.parse("cuda:sm_90")
     config = tuning.pick("gemm", case.sizes(width), "bfloat16", target)
-    code = machine_code(compiled(case, "gemm", config, target), tmp_path)
+    code = instructions(compiled(case, "gemm", config, target).data)
     assert len([text for text in some(code, "LDGSTS") if ".128" in text]) >= 8
     assert not some(code, "LDL", "STL")
     assert some(code, "HGMMA", "HMMA")

@@ -8,9 +8,10 @@ import pytest
 import triton
 import triton.language as tl
 from lowbit_cases import Case
-from sass import MOVES, loop, machine_code, names, overwritten, undisturbed
+from sass import MOVES, loop, names, overwritten, undisturbed
 
 from llmopt.codegen import cubin
+from llmopt.codegen.machine_code import instructions
 from llmopt.codegen.templates import lowbit
 from llmopt.codegen.templates.paged import drain
 from llmopt.compiler.target import Target
@@ -121,6 +122,6 @@ def test_the_check_sees_registers_written_too_early(drained: bool) -> None:
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
     source = ASTSource(from_registers, types, {"STEPS": 64, "DRAIN": drained}, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 4})
-    repeated = loop(machine_code(made.asm["cubin"]))
+    repeated = loop(instructions(made.asm["cubin"]))
     assert names(repeated)["HGMMA"]
     assert bool(overwritten(repeated)) != drained

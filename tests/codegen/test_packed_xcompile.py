@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from attention_cases import HOOKS, ISAS, SHAPE
-from sass import loop, machine_code, names
+from sass import loop, names
 
 from llmopt.codegen import cubin
 from llmopt.codegen.kernel import Kernel
+from llmopt.codegen.machine_code import instructions
 from llmopt.codegen.templates import decode_packed, prefill_attention, write_packed
 from llmopt.compiler.target import Target
 
@@ -90,7 +91,7 @@ def test_a_wgmma_over_near_values_reads_them_from_shared_memory() -> None:
     config = decode_packed.configs({**SHAPE, **heads, "N": 1, "BITS": 4}, "bfloat16", target)[0]
     made = [
         "\n".join(
-            machine_code(cubin.compile_kernel(decoding(target, config, PACKINGS[0], **heads, **near), target).data)
+            instructions(cubin.compile_kernel(decoding(target, config, PACKINGS[0], **heads, **near), target).data)
         )
         for near in ({}, {"FIRST": 4, "RECENT": 64})
     ]
@@ -104,7 +105,7 @@ def test_a_tile_reaches_the_tensor_cores_without_moving_between_lanes() -> None:
     target = Target.parse("cuda:sm_90")
     for config in decode_packed.configs({**SHAPE, "N": 1, "BITS": 4}, "bfloat16", target)[:3]:
         made = cubin.compile_kernel(decoding(target, config, PACKINGS[0]), target)
-        counted = names(loop(machine_code(made.data)))
+        counted = names(loop(instructions(made.data)))
         assert made.spills == 0, config
         assert counted["SHFL"] <= 16, config  # of the maximum over a tile's keys
         assert counted["HMMA"] == config["BLOCK_T"], config
@@ -114,5 +115,5 @@ def test_a_tile_reaches_the_tensor_cores_without_moving_between_lanes() -> None:
 def test_codes_come_by_copies_of_16_bytes() -> None:
     target = Target.parse("cuda:sm_90")
     config = decode_packed.configs({**SHAPE, "N": 1, "BITS": 4}, "bfloat16", target)[0]
-    text = "\n".join(machine_code(cubin.compile_kernel(decoding(target, config, PACKINGS[0]), target).data))
+    text = "\n".join(instructions(cubin.compile_kernel(decoding(target, config, PACKINGS[0]), target).data))
     assert len(re.findall(r"LDGSTS\.E\.(?:\w+\.)*128", text)) >= 8

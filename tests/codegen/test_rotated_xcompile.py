@@ -6,10 +6,12 @@ import pytest
 import torch
 from attention_cases import ISAS
 from rotated_cases import Case
-from sass import machine_code, names
+from sass import names
 
 from llmopt.codegen import cubin
+from llmopt.codegen.machine_code import instructions
 from llmopt.codegen.templates import rotated, rotated_codes
+from llmopt.compiler.errors import BuildError
 from llmopt.compiler.target import Target
 
 pytestmark = pytest.mark.xcompile
@@ -34,12 +36,28 @@ def test_other_dtypes_compile(dtype: torch.dtype) -> None:
     assert cubin.compile_kernel(case.rotated(config), H200).spills == 0
 
 
+def test_code_that_multiplies_by_what_lies_elsewhere_is_refused() -> None:
+    """Right PTX, of which ptxas 12.8 makes descriptors from a register that nothing writes."""
+    config = {"ROWS": 128, "SLICE": 16, "REPEAT": 1, "num_warps": 4, "num_stages": 1}
+    with pytest.raises(
+        BuildError, match=r"ptxas 12\.8 made code of it that reads a register nothing writes \(UIADD3 UR"
+    ):
+        cubin.compile_kernel(Case(14336).rotated(config), H200)
+
+
+@pytest.mark.parametrize("order", [2048, 4096, 7168, 8960, 13824, 18944, 25600])
+def test_widths_of_models_compile(order: int) -> None:
+    for tokens in (1, 16, 1024):
+        for config in rotated.configs(Case(order).sizes(tokens), "bfloat16", H200):
+            assert cubin.compile_kernel(Case(order).rotated(config, pdl=True), H200).spills == 0, config
+
+
 @pytest.mark.parametrize("tokens", [1, 1024])
 def test_all_choices_compile_and_multiply_on_tensor_cores(tokens: int) -> None:
     for config in rotated.configs(DOWN.sizes(tokens), "bfloat16", H200):
         made = cubin.compile_kernel(DOWN.rotated(config, pdl=True), H200)
         assert made.spills == 0, config
-        assert names(machine_code(made.data))["HGMMA"], config
+        assert names(instructions(made.data))["HGMMA"], config
 
 
 @pytest.mark.parametrize("isa", ["sm_100", "sm_120"])

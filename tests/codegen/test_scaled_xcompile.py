@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sass import machine_code, names
+from sass import names
 from scaled_cases import Case
 
 from llmopt.codegen import cubin
+from llmopt.codegen.machine_code import instructions
 from llmopt.codegen.templates import rounded, scaled
 from llmopt.compiler.target import Target
 
@@ -44,7 +45,7 @@ def test_it_multiplies_by_the_gpu_s_scaled_instructions(
 ) -> None:
     target = Target.parse(f"cuda:{isa}")
     found = made(Case(scheme, **shape), tokens, target)
-    code = machine_code(found.data)
+    code = instructions(found.data)
     assert found.spills == 0
     assert any(re.match(INSTRUCTIONS[isa][scheme], text) for text in code), sorted(names(code))
     assert not any(re.match(r"HMMA|UTCHMMA", text) for text in code), "codes that are decoded first"
@@ -74,7 +75,7 @@ def test_all_choices_compile_and_none_spills(isa: str, scheme: str, parts: int) 
 def test_scales_of_the_weight_are_copied_to_tensor_memory_as_they_are() -> None:
     for scheme in TAKEN:
         for case in (Case(scheme, **GATE_UP), Case(scheme, **DOWN)):
-            assert names(machine_code(made(case, 1, SM_100).data))["UTCCP"]
+            assert names(instructions(made(case, 1, SM_100).data))["UTCCP"]
 
 
 def test_no_other_gpu_is_given_such_products() -> None:
