@@ -39,15 +39,16 @@ def product(region: FusedRegion, tokens: int) -> None:
     result, place = (region.result(), "out0") if turn is None else _ahead_of(region, turn)
     try:
         region.calls.append(_kernel(region, linear, result, place, tokens))
-        if turn is not None:
-            region.stored[result] = place
-            rotation(region, turn, "out0", tokens)
     except EmitError as error:
         if region.ordered:  # its neighbours count on it
             raise
         region.notes.append(f"torch multiplies, between kernels over rows: {error}")
         del region.calls[:], region.temporaries[:], region.prepared[:]
         many_product(region)
+        return
+    if turn is not None:
+        region.stored[result] = place
+        rotation(region, turn, "out0", tokens)
 
 
 def _rotation(region: FusedRegion) -> fx.Node | None:

@@ -42,7 +42,7 @@ def rotation(region: FusedRegion, node: fx.Node, place: str, tokens: int) -> Non
     told: dict[str, Scalar] = {
         **sizes_of(node),
         "INNER": inner,
-        "ORDER": region.ordered.get("out0", 0),
+        "ORDER": region.ordered.get(place, 0),
         "PDL": region.pdl,
     }
     call = call_of("rotated:rotated", sizes, config, arguments, told, {"LOAD_X": load_x})

@@ -82,7 +82,8 @@ class _Partition:
         products = [n for n in anchors if op_name(n) in PRODUCTS]
         rounded = {base(n.args[0]) for n in products if argument(n, "activations", "")}  # type: ignore[arg-type]
         rotations = [n for n in anchors if op_name(n) == "rotate"]
-        self.turned.update(n for n in rotations if n in rounded and n not in self.final and self._readers(n) == 1)
+        alone = rounded & {n for n in rotations if self.flow.out_degree(n) == 1}
+        self.turned.update(alone.difference(self.final))
         joined = {n: self._behind(n) for n in reversed(products)}
         for node in products:
             self._add("gemm", [*self._before(node, joined[node]), *self._turn(joined[node], rotations)])
@@ -110,9 +111,6 @@ class _Partition:
         return [self.made[i] for i in order]
 
     # --- what a set of nodes reads and writes
-
-    def _readers(self, node: fx.Node) -> int:
-        return len(list(self.flow.successors(node)))
 
     def _reads(self, nodes: Collection[fx.Node]) -> list[fx.Node]:
         sources = (base(s) for n in nodes for s in n.all_input_nodes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,13 +101,14 @@ def score_errors(loaded: Loaded, cache: QuantizeKV, ids: Tensor) -> list[ScoreEr
         q, k = values[2 * number], values[2 * number + 1]
         how = None if number in cache.skip else packing_for("k", cache.keys, cache.order, cache.rotate, k.shape[-1])
         if how is not None:
-            scale, window = float(node.args[4]), int(node.args[5])  # type: ignore[arg-type]
             rounded = how.turned_back(how.unpack(how.pack(k)))
-            found.append(ScoreError(origin(node).module, *_scores(q, k, rounded, scale, window, cache)))
+            found.append(ScoreError(origin(node).module, *_scores(q, k, rounded, cache, *node.args[4:])))
     return found
 
 
-def _scores(q: Tensor, k: Tensor, rounded: Tensor, scale: float, window: int, cache: QuantizeKV) -> tuple[float, float]:
+def _scores(
+    q: Tensor, k: Tensor, rounded: Tensor, cache: QuantizeKV, scale: Any, window: Any, softcap: Any
+) -> tuple[float, float]:
     at = torch.arange(q.shape[2], device=q.device)
     far = at[:, None] - at
     seen = (far >= 0) & (far < (window or len(at)))
@@ -117,6 +118,8 @@ def _scores(q: Tensor, k: Tensor, rounded: Tensor, scale: float, window: int, ca
     for head in range(q.shape[1]):  # one head's scores at a time: those of all may not fit
         asked, keys, kept = q[:, head].float(), k[:, head // group].float(), rounded[:, head // group].float()
         right, packed = (scale * (asked @ x.transpose(1, 2)) for x in (keys, kept))
+        if softcap > 0:
+            right, packed = (softcap * torch.tanh(x / softcap) for x in (right, packed))
         errors.append(torch.where(near, 0.0, packed - right)[:, seen].square().mean().sqrt())
         deviations.append(right[:, seen].std())
     return float(torch.stack(errors).mean()), float(torch.stack(deviations).mean())

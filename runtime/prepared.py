@@ -26,21 +26,22 @@ from llmopt.runtime.gpu_code import MANY, GpuCode
 # what makes a form: called with tensors, then constants by name; its results are attributes
 FORMS: Mapping[str, Callable[..., Any]] = {"lowbit": lay, "rotation": lay_signs, "scaled": lay_scaled}
 
-# by the first tensor that a form is made of: the others are parts of the same weight
-_MADE: MutableMapping[Tensor, dict[tuple[Any, ...], list[Tensor | None]]] = WeakTensorKeyDictionary()
+# by the first tensor that a form is made of; the others, which the key names by identity, live as long
+_Made = dict[tuple[Any, ...], tuple[list[Any], list[Tensor | None]]]
+_MADE: MutableMapping[Tensor, _Made] = WeakTensorKeyDictionary()
 
 
 def prepared(item: Prepared, inputs: Sequence[Any], device: torch.device) -> list[Tensor | None]:
     """The results of `item` for a region's inputs, in order; made if this weight is seen for the first time."""
     sources = [None if arg is None else inputs[int(arg.removeprefix("in"))] for arg in item.args]
     assert sources[0] is not None
-    of_weight = _MADE.setdefault(sources[0], {})
-    key = item.form, item.constants, item.results, device
+    of_weight, others = _MADE.setdefault(sources[0], {}), sources[1:]
+    key = item.form, item.constants, item.results, device, *map(id, others)
     if key not in of_weight:
         there = (None if source is None else source.to(device) for source in sources)
         made = FORMS[item.form](*there, **dict(item.constants))
-        of_weight[key] = [getattr(made, name) for name in item.results]
-    return of_weight[key]
+        of_weight[key] = others, [getattr(made, name) for name in item.results]
+    return of_weight[key][1]
 
 
 def only_prepared(program: Program) -> set[str]:

@@ -76,7 +76,7 @@ def supports(shape: Mapping[str, int], scheme: str, target: Target) -> str | Non
         return f"{shape['K']} columns are padded to {shape['KP']}"
     if shape["B"] % shape["GROUP"]:
         return f"groups of {shape['GROUP']} do not divide rows of {shape['B']}"
-    tile = width(shape["B"]) * (_rows(shape) if shape["FACTORS"] or shape["A"] > 1 else 16)
+    tile = width(shape["B"]) * _rows(shape)
     most = LARGEST if {"wgmma", "tcgen05"} & target.features else LARGEST // 4
     if tile > most:
         return f"a tile has {tile} elements; at most {most} fit the registers of a program"
@@ -87,10 +87,11 @@ def supports(shape: Mapping[str, int], scheme: str, target: Target) -> str | Non
 
 def configs(shape: Mapping[str, int], scheme: str, target: Target) -> list[dict[str, Any]]:
     """Constants worth trying, the default first."""
-    rows = _rows(shape) if shape["FACTORS"] or shape["A"] > 1 else 16
+    rows = _rows(shape)
     warps = (8, 4, 16) if rows * width(shape["B"]) > 4096 else (4, 2, 8)
     return [{"ROWS": rows, "num_warps": n, "num_stages": 1} for n in warps]
 
 
 def _rows(shape: Mapping[str, int]) -> int:
-    return width(shape["A"] if shape["A"] > 1 else shape["BLOCKS"])
+    """Of a program's tile: of a block's matrix, or blocks; a global scale is measured over all of them."""
+    return width(shape["A"] if shape["A"] > 1 else shape["BLOCKS"] if shape["FACTORS"] else 1)

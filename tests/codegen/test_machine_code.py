@@ -27,8 +27,6 @@ def test_every_register_that_is_read_is_written_somewhere() -> None:
 @pytest.mark.parametrize(
     "odd", ["UIADD3 UR6, UP0, UR13, 0x20, URZ", "ISETP.LT.AND P0, PT, R0, UR13, PT", "BAR.SYNC UR13"]
 )
-    "odd", ["UIADD3 UR6, UP0, UR13, 0x20, URZ", "ISETP.LT.AND P0, PT, R0, UR13, PT", "BAR.SYNC UR13"]
-)
 def test_one_that_is_not_is_told(odd: str) -> None:
     assert never_written([*DESCRIPTOR[:6], odd, *DESCRIPTOR[7:]]) == [odd]
 

@@ -11,6 +11,7 @@ from interpreted import rounding
 from rotated_cases import Case
 from torch import Tensor
 
+from llmopt.codegen.kernel import Prepared
 from llmopt.codegen.lowbit_layout import in_order
 from llmopt.codegen.rotation_layout import lay_signs
 from llmopt.codegen.templates import rotated, rotated_codes
@@ -19,6 +20,7 @@ from llmopt.compiler.hadamard import Rotation
 from llmopt.compiler.quant.quantize import quantize
 from llmopt.compiler.quant.schemes import SCHEMES
 from llmopt.compiler.target import Target
+from llmopt.runtime.prepared import prepared
 
 pytestmark = pytest.mark.interp
 
@@ -51,10 +53,13 @@ def test_each_result_is_rounded_once(case: Case, dtype: torch.dtype) -> None:
     with rounding():
         y = case.run(x, rotated.configs(case.sizes(5), NAMES[dtype], TARGET)[0])
     want = wanted(case, x)
-    # half a last place, and sums of so many numbers of the token's size in fp32; a gate may be rounded the other way
-    size = want.norm(dim=-1, keepdim=True) / case.K**0.5
+    # half a last place; sums of up to 128 numbers in fp32, and of which two bf16 numbers hold 16 bits, as large as
+    # the block's; and a gate may be rounded the other way
+    blocks = want.unflatten(-1, (-1, case.order))
+    size = (blocks.norm(dim=-1, keepdim=True) / case.order**0.5).expand_as(blocks).flatten(-2)
     eps = torch.finfo(dtype).eps
-    room = eps / 2 * want.abs() * 1.001 + 2.0**-16 * size * 4 + (eps * size if case.gated else 0)
+    sums = 2.0**-16 if dtype == torch.bfloat16 else 2.0**-18
+    room = eps / 2 * want.abs() * 1.001 + sums * size + (eps * size if case.gated else 0)
     assert ((y.double() - want).abs() <= room).all()
 
 
@@ -88,7 +93,7 @@ def test_codes_and_scales_are_the_reference_s_bit_for_bit(case: Case, scheme: st
     """Of whole numbers, whose rotation by an order that is a power of four is exact."""
     make = torch.Generator().manual_seed(1)
     x = torch.randint(-9, 10, (6, case.K), generator=make).bfloat16()
-    x[1] *= 2.0**-20
+    x[1] *= 2.0**-18
     x[2] = 0
     x[3, 5] = 250
     kind, whole = SCHEMES[scheme], case.rotation.turned(x).bfloat16()
@@ -120,3 +125,11 @@ def test_matrices_of_other_elements_are_refused() -> None:
     right[1, 2] *= 1.01
     with pytest.raises(BuildError, match=r"right factor \[8, 8\] have sizes from 0\.3536 to 0\.3571; wanted 0\.3536"):
         lay_signs(left, right)
+
+
+def test_signs_are_kept_for_both_matrices_and_not_for_the_first_alone() -> None:
+    left, right = (factor.float() for factor in Rotation(240).factors)
+    item = Prepared("rotation", ("in0", "in1"), (), ("left", "right"))
+    first, other = (prepared(item, [left, r], torch.device("cpu")) for r in (right, -right))
+    assert other[1].equal(-first[1])
+    assert prepared(item, [left, right], torch.device("cpu"))[1] is first[1]

@@ -22,7 +22,7 @@ from llmopt.runtime.session import Session, open_session
 
 pytestmark = pytest.mark.timeout(600)
 
-# blocks of 96 by one matrix, and of 240 = 12 * 20 by two; the latter under low-bit weights, handed over in their order
+# blocks of 96 by one matrix, of 480 = 20 * 24 by two; under low-bit weights, handed over in their order; rounded, too
 ONE = Case("rotate-online", "", (("num_hidden_layers", 2),))
 TWO = Case("rotate-online", "", (("intermediate_size", 480),))
 LOW = Case("nvfp4+rotate-online", "", HANDED)
