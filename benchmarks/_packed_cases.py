@@ -11,6 +11,7 @@ from _attention_cases import Decode, Heads, constants
 from _gemm_cases import H200
 from torch import Tensor
 
+from llmopt.codegen.kernel import evaluate
 from llmopt.codegen.templates import decode_packed, write_packed
 from llmopt.compiler.ops.attention import attend
 from llmopt.compiler.ops.attention import write_packed as write_by_torch
@@ -82,7 +83,8 @@ class PackedDecode:
         left = {name: made[name] for name in made if name not in ("SCALE", "WINDOW", "SOFTCAP", "ORDER")}
         how = {"K_KIND": "", "K_ORDER": 1, "V_KIND": "", "V_ORDER": 1} if plain else kinds(*self.how)
         pages = (case.k[0], case.v[0]) if plain else (self.k, self.v)
-        write_packed.write_packed[(case.batch, heads.HKV)](
+        grid = tuple(evaluate(size, {"N": case.batch}) for size in write_packed.grid(heads.shape, config))
+        write_packed.write_packed[grid](
             self.out, None, None, *pages, case.slots, case.qkv, case.cos, case.sin, *case.norms, None, **left, **how
         )
 

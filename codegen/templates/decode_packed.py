@@ -6,8 +6,8 @@ its probabilities, so nothing is unpacked into memory. What codes as operands ha
 the sums: that of q's elements in the scores, that of the probabilities in the result.
 
 The token's own key and value are rotated, rounded and stored here, and enter as what their codes stand for. Where some
-tokens are seen as they are (`near_rows`), the own one enters unrounded if it is, the owner's program goes over the
-others, and the tiles of codes pass over all of them.
+tokens are seen as they are (`near_rows`), the own one enters unrounded if it is, programs share the others, and the
+tiles of codes pass over all of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llmopt.codegen.templates.decode_attention import (
     _leave,
     _let_next_start,
 )
-from llmopt.codegen.templates.near_rows import is_far, over_near, store_near
+from llmopt.codegen.templates.near_rows import is_far, over_near, shared, store_near
 from llmopt.codegen.templates.packed import (
     bits_of,
     by_channel,
@@ -144,10 +144,12 @@ def decode_packed(
         v = _padded(_own_row(v_pages, v, cv, slot, h, V_KIND, V_ORDER, HKV, DV, PAGE, kept, NEAR), 1, dv.shape[0])
         m, mass, share = _begin(q, k, sink, SCALE, SOFTCAP, SINKS)
         own = share[:, None] * v
-        if NEAR:
-            top, mass, near = over_near(_padded(plain, WIDTH, plain.shape[1]), m, mass, k_pages, v_pages, c, cv, table,
-                                        M, position, h, K_KIND, V_KIND, HKV, D, DV, PAGE, SCALE, WINDOW, SOFTCAP,
-                                        FIRST, RECENT)  # fmt: skip
+    if NEAR:
+        begin, end = shared(split, parts, FIRST, RECENT)
+        if begin < end:
+            top, mass, near = over_near(_padded(plain, WIDTH, plain.shape[1]), m, mass, begin, end, k_pages, v_pages, c,
+                                        cv, table, M, position, h, K_KIND, V_KIND, HKV, D, DV, PAGE, SCALE, WINDOW,
+                                        SOFTCAP, FIRST, RECENT)  # fmt: skip
             near = _padded(rotated(near, cv, V_ORDER, False), WIDTH, dv.shape[0])
             own = own * tl.exp2(m - top)[:, None] + near
             m = top

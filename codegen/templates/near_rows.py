@@ -1,7 +1,7 @@
 """Near tokens of packed pages while decoding: plain bf16 rows that `compiler.quant.near` arranges.
 
-The program that owns a token's key goes over its sequence's near rows, which were written by earlier steps, and writes
-the token's own over one that nobody sees any more: the row of the token `RECENT` before.
+The programs of a sequence share its near rows, which were written by earlier steps; the one that owns the token's key
+writes the token's own over one that nobody sees any more: the row of the token `RECENT` before.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import triton.language as tl
 
 from llmopt.codegen.templates.packed import row_words
 from llmopt.codegen.templates.paged import dot, logits
+
+_BLOCK = tl.constexpr(16)  # near rows of a tile
 
 
 @triton.constexpr_function
@@ -53,20 +55,27 @@ def _tile(pages, begins, d, ok, D: tl.constexpr):
 
 
 @triton.jit
+def shared(split, parts, FIRST: tl.constexpr, RECENT: tl.constexpr):
+    """The near rows of one of the `parts` programs: from, and up to; of programs behind them none."""
+    each = tl.cdiv(FIRST + RECENT, parts * _BLOCK) * _BLOCK
+    return split * each, tl.where(split < parts, tl.minimum(split * each + each, FIRST + RECENT), 0)
+
+
+@triton.jit
 def over_near(
-    q, m, mass, k_pages, v_pages, c, cv, table, M, position, h, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
+    q, m, mass, begin, end, k_pages, v_pages, c, cv, table, M, position, h, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
     HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FIRST: tl.constexpr, RECENT: tl.constexpr,
 ):  # fmt: skip
-    """(m, mass, acc fp32 [G, DVP]) of a softmax that stood at m, mass [G], finite, after the near tokens before
-    `position`; acc is theirs alone. q bf16 [G, DP] of channels c [1, DP], not rotated; values' channels are cv."""
-    BLOCK: tl.constexpr = 16
+    """(m, mass, acc fp32 [G, DVP]) of a softmax that stood at m, mass [G], finite, after the near rows from `begin` up
+    to `end` of tokens before `position`; acc is theirs alone. q bf16 [G, DP] of channels c [1, DP], not rotated;
+    values' channels are cv."""
     acc = tl.zeros([cv.shape[1], q.shape[0]], tl.float32)
     q = tl.trans(q)
-    for begin in tl.range(0, FIRST + RECENT, BLOCK, num_stages=1):
-        r = begin + tl.arange(0, BLOCK)
+    for row in tl.range(begin, end, _BLOCK, num_stages=1):
+        r = row + tl.arange(0, _BLOCK)
         away = position - r  # of first tokens
-        seen = (r < position) & (r < FIRST + RECENT)
+        seen = (r < position) & (r < end)
         if RECENT > 0:  # the ring: the last token before `position` of each row; the one RECENT away is not near
             round = 1 + (away - 1) % RECENT
             away = tl.where(r < FIRST, away, round)
@@ -75,7 +84,7 @@ def over_near(
             seen = seen & (away < WINDOW)
         k = _tile(k_pages, _begins(table, M, r, seen, h, K_KIND, HKV, D, PAGE), c, seen, D)
         v = _tile(v_pages, _begins(table, M, r, seen, h, V_KIND, HKV, DV, PAGE), cv, seen, DV)
-        s = dot(k, q, tl.zeros([BLOCK, q.shape[1]], tl.float32))
+        s = dot(k, q, tl.zeros([_BLOCK, q.shape[1]], tl.float32))
         s = tl.where(seen[:, None], logits(s, SCALE, SOFTCAP), float("-inf"))
         top = tl.maximum(m, tl.max(s, 0))
         p = tl.exp2(s - top[None, :])

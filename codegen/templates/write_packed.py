@@ -17,6 +17,8 @@ from llmopt.codegen.templates.packed import numbers, rotated, rounded, store_row
 from llmopt.compiler.emittable import why_no_attention
 from llmopt.compiler.target import Target
 
+FEW = 64  # tokens whose keys, values and queries have programs of their own
+
 
 @triton.jit
 def _write(
@@ -49,10 +51,12 @@ def write_packed(
 ):  # fmt: skip
     """Token n = program_id(0), key/value head h = program_id(1): q_out [N, HQ, D], rotated with blocks of K_ORDER;
     k_out [N, HKV, D] and v_out [N, HKV, DV] or None, the keys still rotated; pages as `decode_packed` reads them, or
-    plain where the kind is "". Grid (N, HKV).
+    plain where the kind is "". Grid (N, HKV, 3), of a program for keys, one for values and one for queries, or
+    (N, HKV, 1).
     """
     G: tl.constexpr = HQ // HKV
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    part, all = tl.program_id(2), tl.num_programs(2) == 1
     d = tl.arange(0, max(16, triton.next_power_of_2(D)))[None, :]
     dv = tl.arange(0, max(16, triton.next_power_of_2(DV)))[None, :]
     g = tl.arange(0, triton.next_power_of_2(G))
@@ -61,21 +65,24 @@ def write_packed(
         tl.extra.cuda.gdc_launch_dependents()
     slot = tl.load(slots + n)
     one = tl.zeros([1, 1], tl.int32)
-    _write(k_pages, k_out, LOAD_K(n, h, one + d, d < D, e0, e1, e2, e3, e4, e5), d, slot, n, h, K_KIND, K_ORDER, HKV, D,
-           PAGE, False)  # fmt: skip
-    _write(v_pages, v_out, LOAD_V(n, h, one + dv, dv < DV, e0, e1, e2, e3, e4, e5), dv, slot, n, h, V_KIND, V_ORDER,
-           HKV, DV, PAGE, True)  # fmt: skip
-    head = (h * G + g)[:, None]
-    ok = (g < G)[:, None] & (d < D)
-    q = LOAD_Q(n, head, d, ok, e0, e1, e2, e3, e4, e5)
-    if K_ORDER > 1:
-        q = rotated(q.to(tl.bfloat16).to(tl.float32), d, K_ORDER, True)
-    tl.store(q_out + (n * HQ + head) * D + d, q, mask=ok)
+    if all | (part == 0):
+        k = LOAD_K(n, h, one + d, d < D, e0, e1, e2, e3, e4, e5)
+        _write(k_pages, k_out, k, d, slot, n, h, K_KIND, K_ORDER, HKV, D, PAGE, False)
+    if all | (part == 1):
+        v = LOAD_V(n, h, one + dv, dv < DV, e0, e1, e2, e3, e4, e5)
+        _write(v_pages, v_out, v, dv, slot, n, h, V_KIND, V_ORDER, HKV, DV, PAGE, True)
+    if all | (part == 2):
+        head = (h * G + g)[:, None]
+        ok = (g < G)[:, None] & (d < D)
+        q = LOAD_Q(n, head, d, ok, e0, e1, e2, e3, e4, e5)
+        if K_ORDER > 1:
+            q = rotated(q.to(tl.bfloat16).to(tl.float32), d, K_ORDER, True)
+        tl.store(q_out + (n * HQ + head) * D + d, q, mask=ok)
 
 
 def grid(shape: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int | str, ...]:
-    """Programs of a launch, as sizes of `codegen.kernel`."""
-    return ("N", shape["HKV"])
+    """Programs of a launch, as sizes of `codegen.kernel`: few tokens wait for what one program does one by one."""
+    return ("N", shape["HKV"], f"1 + 2 * (1 // cdiv(N, {FEW}))")
 
 
 def supports(shape: Mapping[str, int], dtype: str, target: Target) -> str | None:

@@ -110,28 +110,30 @@ def prefilled(case: Case, counts: tuple[int, ...], keys: str, values: str) -> No
     rows = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     at = torch.cat([torch.arange(c) + have for c, have in zip(counts, case.lengths, strict=True)])
     q, k, v = (torch.randn(n, h, w, generator=make).to(case.dtype) for h, w in ((hq, d), (hkv, d), (hkv, dv)))
-    k_pages, v_pages = packed(cache.k, keys), packed(cache.v, values)
+    pages = packed(cache.k, keys), packed(cache.v, values)
     slots = cache.slots(rows, at)
-    k_want = kv_write(k_pages, k.transpose(0, 1)[None], slots, keys)
-    v_want = kv_write(v_pages, v.transpose(0, 1)[None], slots, values)
+    k_want = kv_write(pages[0], k.transpose(0, 1)[None], slots, keys)
+    v_want = kv_write(pages[1], v.transpose(0, 1)[None], slots, values)
     want = attend(
         q.float().transpose(0, 1)[None], k_want, v_want, cache.tables, rows, at[None], None, case.scale, case.window,
         case.softcap, keys, values,
     )[0].transpose(0, 1)  # fmt: skip
     k_how, v_how = Packing.parse(keys), Packing.parse(values)
-    turned, k_out, v_out = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     none = torch.zeros(1)
-    write.write_packed[(n, hkv)](
-        turned, k_out, v_out, k_pages, v_pages, slots, q, none, none, k, v, torch.tensor([hq, hkv, d, dv]),
-        HQ=hq, HKV=hkv, D=d, DV=dv, PAGE=case.page, LOAD_Q=cases.plain_q, LOAD_K=cases.plain_k,
-        LOAD_V=cases.plain_v,
-        K_KIND=k_how.kind, K_ORDER=k_how.order, V_KIND=v_how.kind, V_ORDER=v_how.order, PDL=False,
-    )  # fmt: skip
-    assert torch.equal(k_pages, k_want)
-    assert torch.equal(v_pages, v_want)
-    assert torch.equal(turned, k_how.asked(q).to(q.dtype))
-    assert torch.equal(k_out, k_how.unpack(k_how.pack(k)).to(k.dtype))
-    assert torch.equal(v_out, v_how.turned_back(v_how.unpack(v_how.pack(v))).to(v.dtype))
+    for parts in (3, 1):
+        turned, k_out, v_out = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        k_pages, v_pages = (p.clone() for p in pages)
+        write.write_packed[(n, hkv, parts)](
+            turned, k_out, v_out, k_pages, v_pages, slots, q, none, none, k, v, torch.tensor([hq, hkv, d, dv]),
+            HQ=hq, HKV=hkv, D=d, DV=dv, PAGE=case.page, LOAD_Q=cases.plain_q, LOAD_K=cases.plain_k,
+            LOAD_V=cases.plain_v,
+            K_KIND=k_how.kind, K_ORDER=k_how.order, V_KIND=v_how.kind, V_ORDER=v_how.order, PDL=False,
+        )  # fmt: skip
+        assert torch.equal(k_pages, k_want)
+        assert torch.equal(v_pages, v_want)
+        assert torch.equal(turned, k_how.asked(q).to(q.dtype))
+        assert torch.equal(k_out, k_how.unpack(k_how.pack(k)).to(k.dtype))
+        assert torch.equal(v_out, v_how.turned_back(v_how.unpack(v_how.pack(v))).to(v.dtype))
     out = torch.full((n, hq, dv), torch.nan, dtype=case.dtype)
     tiles = StepLayout.of(rows, at[None]).tiles(16)
     prefill.prefill_attention[(len(tiles), hq)](
@@ -153,7 +155,7 @@ def test_edge_rows_have_the_op_s_bytes() -> None:
         how = Packing.parse(keys), Packing.parse(values)
         pages = [torch.zeros(2, 1, 4, h.row_bytes(16), dtype=torch.uint8) for h in how]
         want = [kv_write(p, x.transpose(0, 1)[None], torch.arange(8), str(h)) for p, h in zip(pages, how, strict=True)]
-        write.write_packed[(8, 1)](
+        write.write_packed[(8, 1, 1)](
             torch.empty_like(q), None, None, *pages, torch.arange(8), q, none, none, x, x, sizes, HQ=1, HKV=1, D=16,
             DV=16, PAGE=4, LOAD_Q=cases.plain_q, LOAD_K=cases.plain_k, LOAD_V=cases.plain_v, K_KIND=how[0].kind,
             K_ORDER=1, V_KIND=how[1].kind, V_ORDER=1, PDL=False,
