@@ -75,8 +75,9 @@ class PackedDecode:
             **constants(heads, case.page, config), **kinds(*self.how),
         )  # fmt: skip
 
-    def write(self, plain: bool) -> None:
-        """The tokens' queries, keys and values prepared and stored: packed, or as they are."""
+    def write(self, plain: bool, few: bool | None = None) -> None:
+        """The tokens' queries, keys and values prepared and stored: packed, or as they are; as for few tokens or for
+        many, where `few` says which."""
         case, heads = self.plain, self.plain.heads
         config = write_packed.configs({**heads.shape, "PAGE": case.page}, "bfloat16", H200)[0]
         made = constants(heads, case.page, config)
@@ -84,6 +85,8 @@ class PackedDecode:
         how = {"K_KIND": "", "K_ORDER": 1, "V_KIND": "", "V_ORDER": 1} if plain else kinds(*self.how)
         pages = (case.k[0], case.v[0]) if plain else (self.k, self.v)
         grid = tuple(evaluate(size, {"N": case.batch}) for size in write_packed.grid(heads.shape, config))
+        if few is not None:
+            grid = *grid[:2], 3 if few else 1
         write_packed.write_packed[grid](
             self.out, None, None, *pages, case.slots, case.qkv, case.cos, case.sin, *case.norms, None, **left, **how
         )

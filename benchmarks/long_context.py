@@ -1,6 +1,6 @@
 """Decoding steps behind long contexts on one GPU: packed keys and values against bf16 ones, all in one process.
 
-    python benchmarks/long_context.py [--ctx 131008] [--recipes nvfp4 nvfp4+int4-kv nvfp4+int4-kv:rotate=none]
+    python benchmarks/long_context.py [--ctx 131008] [--recipes nvfp4 nvfp4+int4-kv:sinks=4,recent=124]
 
 Llama-3.1-8B, weights N(0, 0.02). Nobody reads a prompt: pages are filled with normal keys and values, those of recipes
 that do not pack them with what the codes of `int4-kv` stand for, so that both attend to the same. Before anything is
@@ -33,6 +33,9 @@ from llmopt.compiler.quant.kv import Packing
 from llmopt.compiler.recipe import PassSpec, Recipe
 from llmopt.runtime.measure import environment
 
+RECIPES = [
+    "nvfp4", "nvfp4+int4-kv", "nvfp4+int4-kv:rotate=none", "nvfp4+int4-kv:sinks=4,recent=124", "nvfp4+rotate-online"
+]  # fmt: skip
 MOST = 0.12  # bf16 steps are each 0.06 to 0.075 from fp64 here (decode_h200.json), so two of them that far apart
 CHUNK = 8192  # tokens filled in one go
 FILLED = Packing("int4", 128)  # what plain pages are rounded by beforehand
@@ -146,14 +149,14 @@ def main() -> None:
     made.add_argument("--model", default="llama-3.1-8b")
     made.add_argument("--batch", type=int, default=1)
     made.add_argument("--ctx", type=int, nargs="+", default=[512, 131008], help="tokens in the cache")
-    made.add_argument("--recipes", nargs="+", default=["nvfp4", "nvfp4+int4-kv", "nvfp4+int4-kv:rotate=none"])
+    made.add_argument("--recipes", nargs="+", default=RECIPES)
     made.add_argument("--rounds", type=int, default=12)
     made.add_argument("--steps", type=int, default=10)
     made.add_argument("--dtype", default="bfloat16")
     made.add_argument("--device", default="cuda")
     made.add_argument("--layers", type=int, help="fewer layers than the model has (not for figures)")
     made.add_argument("--minutes", type=float, default=1e9, help="begin no case after this long")
-    made.add_argument("--cache-gb", type=float, default=24, help="the most that a recipe's cache may take")
+    made.add_argument("--cache-gb", type=float, default=16.5, help="the most that a recipe's cache may take")
     made.add_argument("--out", type=Path)
     args = made.parse_args()
     if has_device(args.device):

@@ -43,6 +43,13 @@ def _write(
 
 
 @triton.jit
+def _write_queries(out, q, d, ok, n, head, ORDER: tl.constexpr, HQ: tl.constexpr, D: tl.constexpr):
+    if ORDER > 1:
+        q = rotated(q.to(tl.bfloat16).to(tl.float32), d, ORDER, True)
+    tl.store(out + (n * HQ + head) * D + d, q, mask=ok)
+
+
+@triton.jit
 def write_packed(
     q_out, k_out, v_out, k_pages, v_pages, slots, e0, e1, e2, e3, e4, e5, HQ: tl.constexpr, HKV: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr,
@@ -65,19 +72,24 @@ def write_packed(
         tl.extra.cuda.gdc_launch_dependents()
     slot = tl.load(slots + n)
     one = tl.zeros([1, 1], tl.int32)
-    if all | (part == 0):
+    head = (h * G + g)[:, None]
+    ok = (g < G)[:, None] & (d < D)
+    if all:  # loads first, so that what is computed of one hides what another waits for
+        k = LOAD_K(n, h, one + d, d < D, e0, e1, e2, e3, e4, e5)
+        v = LOAD_V(n, h, one + dv, dv < DV, e0, e1, e2, e3, e4, e5)
+        q = LOAD_Q(n, head, d, ok, e0, e1, e2, e3, e4, e5)
+        _write(k_pages, k_out, k, d, slot, n, h, K_KIND, K_ORDER, HKV, D, PAGE, False)
+        _write(v_pages, v_out, v, dv, slot, n, h, V_KIND, V_ORDER, HKV, DV, PAGE, True)
+        _write_queries(q_out, q, d, ok, n, head, K_ORDER, HQ, D)
+    elif part == 0:
         k = LOAD_K(n, h, one + d, d < D, e0, e1, e2, e3, e4, e5)
         _write(k_pages, k_out, k, d, slot, n, h, K_KIND, K_ORDER, HKV, D, PAGE, False)
-    if all | (part == 1):
+    elif part == 1:
         v = LOAD_V(n, h, one + dv, dv < DV, e0, e1, e2, e3, e4, e5)
         _write(v_pages, v_out, v, dv, slot, n, h, V_KIND, V_ORDER, HKV, DV, PAGE, True)
-    if all | (part == 2):
-        head = (h * G + g)[:, None]
-        ok = (g < G)[:, None] & (d < D)
+    else:
         q = LOAD_Q(n, head, d, ok, e0, e1, e2, e3, e4, e5)
-        if K_ORDER > 1:
-            q = rotated(q.to(tl.bfloat16).to(tl.float32), d, K_ORDER, True)
-        tl.store(q_out + (n * HQ + head) * D + d, q, mask=ok)
+        _write_queries(q_out, q, d, ok, n, head, K_ORDER, HQ, D)
 
 
 def grid(shape: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int | str, ...]:
