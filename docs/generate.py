@@ -311,6 +311,11 @@ def gpu() -> str:
     return gpu_tables.everything(RESULTS)
 
 
+def rotation_kernels() -> str:
+    """Rotations on GPUs."""
+    return gpu_tables.rotations(RESULTS)
+
+
 def lowbit() -> str:
     """Products with low-bit weights on GPUs."""
     return gpu_tables.products(RESULTS)
@@ -325,7 +330,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "compile-cost": compile_cost,
     },
     "docs/quality.md": {"quality": quality, "rotations": rotations, "kv-quality": kv_quality},
-    "docs/gpu.md": {"lowbit": lowbit},
+    "docs/gpu.md": {"rotation": rotation_kernels, "lowbit": lowbit},
     "docs/passes.md": {
         "insert-kv-cache": kv_cache_graphs, "rotate-hadamard": rotated_graph, "quantize": quantized_graph,
         "quantize-kv": packed_graph, "fuse": fused_graph,

@@ -227,12 +227,34 @@ def packed(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rotations(results: Path) -> str:
+    """Rotations of what down projections read; nothing where no result is committed."""
+    return "\n\n".join(_rotations(json.loads(path.read_text())) for path in sorted(results.glob("rotation_*.json")))
+
+
+def _rotations(figures: dict[str, Any]) -> str:
+    lines = [
+        f"Microseconds to rotate {figures['width']:,} channels in one block, alone or with SwiGLU before it, one "
+        f"{machine(figures)}. *Copy* is one of as many bytes, *Inductor* multiplies by the two factors in bf16.",
+        "",
+        "| tokens | what | llmopt | copy | Inductor | SwiGLU alone by Inductor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in figures["cases"]:
+        us = case["us"]
+        what = "SwiGLU and rotation" if case["gated"] else "rotation"
+        plain = f"{us['swiglu alone by inductor']:.1f}" if case["gated"] else "-"
+        row = f"{us[case['shipped']]:.1f} | {us['copy']:.1f} | {us['by inductor']:.1f} | {plain}"
+        lines.append(f"| {case['tokens']:,} | {what} | {row} |")
+    return "\n".join(lines)
+
+
 def contexts(figures: dict[str, Any]) -> str:
     """Decoding steps behind long contexts."""
     cases = figures["cases"]
     lines = [
-        f"Steps of {names(cases, 'model')} with packed caches, one {machine(cases[0])}, in turns; `:none` and "
-        "`:rotate=none` rotate nothing.",
+        f"Steps of {names(cases, 'model')} with packed caches, one {machine(cases[0])}, in turns. `:` changes options "
+        "of the cache: `rotate=none` rotates nothing, `sinks` and `recent` are tokens seen as they are.",
         "",
         "| batch | context | recipe | KV bytes a token | a step | times the first |",
         "|---|---|---|---|---|---|",

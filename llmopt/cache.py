@@ -12,17 +12,20 @@ from transformers.cache_utils import DynamicLayer
 
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.quant.kv import Packing, packing_for, why_no_choice
+from llmopt.compiler.quant.near import Near, why_not_near
 
 
 class PackedLayer(DynamicLayer):  # type: ignore[misc]
     """A layer whose `keys` and `values` are rows of bytes, uint8 [B, H, T, row]; `update` gives all of them unpacked.
 
-    Growing, cropping and reordering are transformers' own, along the same axes.
+    Near tokens stand beside them as they are, [B, H, n, D]: in `first` and `last`. Growing, cropping and reordering are
+    transformers' own, along the same axes.
     """
 
-    def __init__(self, keys: Packing | None, values: Packing | None) -> None:
+    def __init__(self, keys: Packing | None, values: Packing | None, near: Near) -> None:
         super().__init__()
-        self.packings = keys, values
+        self.packings, self.near = (keys, values), near
+        self.first, self.last = self._near = DynamicLayer(), DynamicLayer()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """No rows yet; the new tokens say how long they are. Raises InputError: heads that cannot be packed so."""
@@ -33,9 +36,11 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, T + n, D] after n more tokens, in their dtype: what their codes stand for."""
+        """Keys and values [B, H, T + n, D] after n more tokens, in their dtype: what their codes stand for, and of near
+        tokens they themselves."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._keep(key_states, value_states)
         rows = (_packed(x, how) for x, how in zip((key_states, value_states), self.packings, strict=True))
         self.keys, self.values = (
             torch.cat((old, new), -2) for old, new in zip((self.keys, self.values), rows, strict=True)
@@ -44,7 +49,66 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
             held if how is None else how.turned_back(how.unpack(held)).to(self.dtype)
             for held, how in zip((self.keys, self.values), self.packings, strict=True)
         )
+        for near, begins in ((self.first, 0), (self.last, keys.shape[-2] - self.last.get_seq_length())):
+            if count := near.get_seq_length():
+                keys[..., begins : begins + count, :] = near.keys
+                values[..., begins : begins + count, :] = near.values
         return keys, values
+
+    def _keep(self, key_states: Tensor, value_states: Tensor) -> None:
+        more = self.near.first - self.get_seq_length()
+        if more > 0:
+            self.first.update(key_states[..., :more, :], value_states[..., :more, :])
+        if self.near.recent:
+            self.last.update(key_states, value_states)
+            # copies, since a slice would keep the whole prompt
+            keys, values = self.last.keys, self.last.values
+            self.last.keys = keys[..., -self.near.recent :, :].clone()
+            self.last.values = values[..., -self.near.recent :, :].clone()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take away the last tokens, as a number below 0. Those before that were near no more come back rounded."""
+        before = self.get_seq_length()
+        super().crop(tokens_to_remove)
+        left = self.get_seq_length()
+        self.last.crop(-min(before - left, self.last.get_seq_length()))
+        self.first.crop(-max(self.first.get_seq_length() - left, 0))
+
+    def offload(self) -> None:
+        """To the host."""
+        super().offload()
+        for layer in self._near:
+            layer.offload()
+
+    def prefetch(self) -> None:
+        """Back to the device."""
+        super().prefetch()
+        for layer in self._near:
+            layer.prefetch()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        for layer in self._near:
+            layer.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows of the batch in this order, of beams."""
+        super().reorder_cache(beam_idx)
+        for layer in self._near:
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row of the batch so many times."""
+        super().batch_repeat_interleave(repeats)
+        for layer in self._near:
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """These rows of the batch alone."""
+        super().batch_select_indices(indices)
+        for layer in self._near:
+            layer.batch_select_indices(indices)
 
 
 def _packed(x: Tensor, how: Packing | None) -> Tensor:
@@ -58,15 +122,18 @@ class Cache(TransformersCache):  # type: ignore[misc]
     """A cache for `model.generate(..., past_key_values=llmopt.Cache(model.config))`.
 
     `keys`, `values`: `int4`, `int8`, `fp8`, `nvfp4`, or `none`: as they are. `rotate`: "k", "v", "kv" or "none", in
-    Hadamard blocks of `order` channels (a power of two; 0: the largest that divides a head's). As `quantize-kv`.
+    Hadamard blocks of `order` channels (a power of two; 0: the largest that divides a head's). The `sinks` first tokens
+    and the `recent` last ones are seen as they are; all tokens of a step as its last one sees them, since transformers
+    asks for one tensor of keys. As `quantize-kv`.
     It saves memory, not time: torch unpacks everything for each step; `llmopt.compile` has kernels that need not.
 
     Raises InputError: an option, or layers that do not attend to all tokens before (sliding windows, linear attention).
     """
 
     def __init__(
-        self, config: PreTrainedConfig, keys: str = "int4", values: str = "int4", order: int = 0, rotate: str = "k"
-    ) -> None:
+        self, config: PreTrainedConfig, keys: str = "int4", values: str = "int4", order: int = 0, rotate: str = "k",
+        sinks: int = 0, recent: int = 0,
+    ) -> None:  # fmt: skip
         config = config.get_text_config(decoder=True)
         others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
         if others or (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)):
@@ -75,8 +142,9 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 f"llmopt.Cache: {type(config).__name__} has {seen}; wanted full attention in every layer; use "
                 "llmopt.compile(model, 'int4-kv'), whose cache takes windows"
             )
-        if why := why_no_choice(keys, values, order, rotate):
+        if why := why_no_choice(keys, values, order, rotate) or why_not_near(sinks, recent, keys, values):
             raise InputError(f"llmopt.Cache: {why}")
         channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        packings = [packing_for(*one, order, rotate, channels) for one in (("k", keys), ("v", values))]
-        super().__init__(layers=[PackedLayer(*packings) for _ in range(config.num_hidden_layers)])
+        how = packing_for("k", keys, order, rotate, channels), packing_for("v", values, order, rotate, channels)
+        near = Near(sinks, recent)
+        super().__init__(layers=[PackedLayer(*how, near) for _ in range(config.num_hidden_layers)])

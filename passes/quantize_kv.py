@@ -28,8 +28,8 @@ from llmopt.compiler.errors import InputError, RecipeError
 from llmopt.compiler.graph import Graph, origin, where
 from llmopt.compiler.pipeline import Approx, Context, Pass, PassStats
 from llmopt.compiler.program import Program, StateSpec
-from llmopt.compiler.quant.kv import KINDS, NONE, packing_for, why_no_choice
-from llmopt.compiler.quant.near import Near, NearLayout
+from llmopt.compiler.quant.kv import packing_for, why_no_choice
+from llmopt.compiler.quant.near import Near, NearLayout, why_not_near
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class QuantizeKV(Pass):
 
     def run(self, program: Program, context: Context) -> PassStats:
         """Rewrite the attentions of `step`. Raises RecipeError (options), InputError (heads that cannot be cut so)."""
-        if why := why_no_choice(self.keys, self.values, self.order, self.rotate) or self._why_not_near():
+        if why := why_no_choice(self.keys, self.values, self.order, self.rotate) or why_not_near(
+            self.sinks, self.recent, self.keys, self.values
+        ):
             raise RecipeError(f"pass 'quantize-kv': {why}")
         stats, step = PassStats(), program.graph("step")
         attends = list(step.calls("attend"))
@@ -85,17 +87,6 @@ class QuantizeKV(Pass):
             more = f"{program.near_pages * after} bytes a sequence"
             stats.notes.append(f"KV cache: {more} for {near.first} first and {near.recent} last tokens as they are")
         return stats
-
-    def _why_not_near(self) -> str | None:
-        for option, count in (("sinks", self.sinks), ("recent", self.recent)):
-            if count < 0:
-                return f"{option} is {count}; wanted a number of tokens from 0 on"
-        if self.sinks + self.recent and self.keys == self.values == NONE:
-            return (
-                f"sinks is {self.sinks} and recent {self.recent}, but keys and values are both none, so every token is "
-                f"seen as it is; wanted one of {', '.join(KINDS)} for keys or values, or sinks and recent 0"
-            )
-        return None
 
     def _see_as_they_are(self, step: Graph, attend: fx.Node, near: Near) -> int:
         """Give the attention the near tokens, and write those of the step behind it; how many pages they take."""

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmopt.compiler.quant.kv import KINDS, NONE
+
 
 @dataclass(frozen=True)
 class Near:
@@ -41,6 +43,19 @@ class Near:
     def sees(self, q_at: Tensor, k_at: Tensor) -> Tensor:
         """bool [T, S]: which keys at k_at [S] the queries at q_at [T] see as they are."""
         return (k_at < self.first)[None] | (q_at[:, None] - k_at[None] < self.recent)
+
+
+def why_not_near(sinks: int, recent: int, keys: str, values: str) -> str | None:
+    """What is wrong with so many near tokens of a cache whose keys and values are of these kinds, or None."""
+    for option, count in (("sinks", sinks), ("recent", recent)):
+        if count < 0:
+            return f"{option} is {count}; wanted a number of tokens from 0 on"
+    if sinks + recent and keys == values == NONE:
+        return (
+            f"sinks is {sinks} and recent {recent}, but keys and values are both none, so every token is seen as it "
+            f"is; wanted one of {', '.join(KINDS)} for keys or values, or sinks and recent 0"
+        )
+    return None
 
 
 @dataclass(frozen=True)

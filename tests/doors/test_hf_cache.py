@@ -10,8 +10,11 @@ from gpu_models import ragged, tiny
 from transformers import DynamicCache, GenerationConfig
 
 import llmopt
+from llmopt.cache import PackedLayer
 from llmopt.compiler.errors import InputError
-from llmopt.compiler.recipe import Recipe
+from llmopt.compiler.quant.kv import Packing
+from llmopt.compiler.quant.near import Near
+from llmopt.compiler.recipe import PassSpec, Recipe
 from llmopt.runtime.engine import SamplingParams
 
 
@@ -43,6 +46,59 @@ def test_four_bits_make_other_tokens_than_all() -> None:
     assert generated(model, ids, llmopt.Cache(model.config)) != generated(model, ids, DynamicCache(config=model.config))
 
 
+def stepwise(model: Any, ids: torch.Tensor, cache: Any, count: int) -> list[list[int]]:
+    """Greedy tokens, the prompt read a token at a time."""
+    with torch.no_grad():
+        for at in range(ids.shape[1] - 1):
+            model(ids[:, at : at + 1], past_key_values=cache)
+    return generated(model, ids, cache, count)
+
+
+@pytest.mark.parametrize(("sinks", "recent"), [(2, 0), (0, 3), (2, 5)])
+def test_near_tokens_are_those_of_the_compiled_model(sinks: int, recent: int) -> None:
+    model, prompts = tiny("llama"), ragged(12)
+    plain = Recipe.parse("int4-kv")
+    passes = [
+        PassSpec.of(s.name, **{**dict(s.options), "sinks": sinks, "recent": recent}) if s.name == "quantize-kv" else s
+        for s in plain.passes
+    ]
+    recipe = Recipe("near", tuple(passes), providers=("reference",))
+    want = llmopt.compile(tiny("llama"), recipe, target="cpu").engine.generate(
+        prompts, SamplingParams(max_new_tokens=16)
+    )
+    cache = llmopt.Cache(model.config, sinks=sinks, recent=recent)
+    assert stepwise(model, torch.tensor(prompts), cache, 16) == want
+    assert cache.layers[0].first.get_seq_length() == sinks
+    assert cache.layers[0].last.get_seq_length() == recent
+
+
+def test_where_every_token_is_near_nothing_is_rounded() -> None:
+    model, ids = tiny("qwen3"), torch.tensor(ragged(9))
+    plain = generated(model, ids, DynamicCache(config=model.config), num_beams=3)
+    for near in ({"sinks": 40}, {"recent": 40}, {"sinks": 4, "recent": 15}):
+        assert generated(model, ids, llmopt.Cache(model.config, **near), num_beams=3) == plain
+
+
+def test_near_tokens_are_cropped_repeated_and_forgotten() -> None:
+    layer = PackedLayer(Packing("int8"), Packing("int8"), Near(4, 3))
+    x, more = torch.randn(2, 1, 9, 16), torch.randn(2, 1, 1, 16)
+    layer.update(x, x)
+    layer.crop(-2)
+    held, _ = layer.update(more, more)
+    near = torch.tensor([0, 1, 2, 3, 6, 7])
+    assert torch.equal(held[..., near, :], torch.cat((x[..., :7, :], more), -2)[..., near, :])
+    assert not torch.equal(held[..., 5, :], x[..., 5, :])  # it was pushed out by those that are gone
+    layer.crop(-6)
+    layer.batch_repeat_interleave(2)
+    layer.batch_select_indices(torch.tensor([3, 0]))
+    held, _ = layer.update(more, more)
+    assert torch.equal(held, torch.cat((x[[1, 0]][..., :2, :], more), -2))
+    layer.reset()
+    held, _ = layer.update(more, more)
+    assert torch.equal(held, more)
+    assert (layer.first.get_seq_length(), layer.last.get_seq_length()) == (1, 1)
+
+
 def test_beams_reorder_rows() -> None:
     model, ids = tiny("qwen3"), torch.tensor(ragged(9))
     plain = generated(model, ids, DynamicCache(config=model.config), num_beams=3)
@@ -67,6 +123,8 @@ def test_cropping_takes_the_last_tokens() -> None:
         ({"keys": "int2"}, "keys is 'int2'; wanted one of int4, int8, fp8, nvfp4, none"),
         ({"rotate": "q"}, "rotate is 'q'"),
         ({"order": 12}, "order is 12; wanted 0"),
+        ({"recent": -1}, "recent is -1; wanted a number of tokens from 0 on"),
+        ({"keys": "none", "values": "none", "sinks": 4}, "so every token is seen as it is"),
     ],
 )
 def test_options_that_are_wrong(options: dict[str, Any], said: str) -> None:
