@@ -44,8 +44,8 @@ test: install
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "$(CPU_LANE)" $(ARGS)
 	@for lane in interp xcompile; do \
 		grep -rqE "pytest\.mark\.$$lane\b" tests --include='*.py' || continue; \
-		[ $$lane = interp ] && flag=1 || flag=0; \
-		OMP_NUM_THREADS=1 TRITON_INTERPRET=$$flag $(BIN)/pytest -n $(JOBS) --dist loadfile -m $$lane \
+		[ $$lane = interp ] && set -- 1 loadfile || set -- 0 load; \
+		OMP_NUM_THREADS=1 TRITON_INTERPRET=$$1 $(BIN)/pytest -n $(JOBS) --dist $$2 -m $$lane \
 			$(ARGS) || [ $$? -eq 5 ] || exit 1; \
 	done
 

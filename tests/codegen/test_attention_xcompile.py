@@ -56,9 +56,8 @@ def prompts(shape: dict[str, int], config: dict[str, Any], dtype: str, sinks: bo
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_configs_of_the_tables_compile_for_every_gpu(isa: str) -> None:
-    target = Target.parse(f"cuda:{isa}")
+def test_configs_of_the_tables_compile() -> None:
+    target = Target.parse("cuda:sm_90")  # the one that has a table
     for entry in attention_entries():
         shape = {name: size for name, size in entry["shape"].items() if name != "N"}
         made = cubin.compile_kernel(decoding(target, shape, entry["config"], entry["dtype"]), target)
