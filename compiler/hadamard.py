@@ -48,7 +48,7 @@ def exists(order: int) -> bool:
 
 def largest(size: int, most: int) -> int:
     """The largest order up to `most` of a `Rotation` of vectors of `size` elements, which it divides."""
-    return max(order for order in range(1, most + 1) if size % order == 0 and _split(order) is not None)
+    return max(order for order in range(1, min(size, most) + 1) if size % order == 0 and _split(order) is not None)
 
 
 @cache

@@ -22,14 +22,18 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
     transformers' own, along the same axes.
     """
 
-    def __init__(self, keys: Packing | None, values: Packing | None, near: Near) -> None:
+    def __init__(self, keys: str, values: str, order: int, rotate: str, near: Near) -> None:
         super().__init__()
-        self.packings, self.near = (keys, values), near
+        self.kinds, self.order, self.rotate, self.near = (keys, values), order, rotate, near
         self.first, self.last = self._near = DynamicLayer(), DynamicLayer()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """No rows yet; the new tokens say how long they are. Raises InputError: heads that cannot be packed so."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.packings = [
+            packing_for(letter, kind, self.order, self.rotate, x.shape[-1])
+            for letter, kind, x in zip("kv", self.kinds, (key_states, value_states), strict=True)
+        ]
         self.keys, self.values = (
             _packed(x[..., :0, :], how) for x, how in zip((key_states, value_states), self.packings, strict=True)
         )
@@ -142,9 +146,9 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 f"llmopt.Cache: {type(config).__name__} has {seen}; wanted full attention in every layer; use "
                 "llmopt.compile(model, 'int4-kv'), whose cache takes windows"
             )
-        if why := why_no_choice(keys, values, order, rotate) or why_not_near(sinks, recent, keys, values):
+        if why := why_no_choice(keys, values, order, rotate) or why_not_near(sinks, recent):
             raise InputError(f"llmopt.Cache: {why}")
-        channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        how = packing_for("k", keys, order, rotate, channels), packing_for("v", values, order, rotate, channels)
         near = Near(sinks, recent)
-        super().__init__(layers=[PackedLayer(*how, near) for _ in range(config.num_hidden_layers)])
+        super().__init__(
+            layers=[PackedLayer(keys, values, order, rotate, near) for _ in range(config.num_hidden_layers)]
+        )

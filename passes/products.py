@@ -29,7 +29,9 @@ def names_of(node: fx.Node, weight: fx.Node | None, program: Program) -> list[st
     if weight is not None:
         own = str(weight.target)
         made_of = program.origins(own) if own in program.weights else []
-        names = [own, *(name for name in made_of if len(program.weights[name].shape) > 1), _path(own)]
+        matrices = [name for name in made_of if len(program.weights[name].shape) > 1]
+        # the name of one that a norm's weight is folded into tells of the norm, which nobody means
+        names = [own, *matrices, _path(own)] if len(matrices) == len(made_of) else matrices
     module = _ROOT.sub("", origin(node).module)
     short = module.removeprefix("model.")  # capture wraps transformers' models
     if short and not any(f".{short}." in f".{name}" for name in names):

@@ -57,7 +57,7 @@ class QuantizeKV(Pass):
     def run(self, program: Program, context: Context) -> PassStats:
         """Rewrite the attentions of `step`. Raises RecipeError (options), InputError (heads that cannot be cut so)."""
         if why := why_no_choice(self.keys, self.values, self.order, self.rotate) or why_not_near(
-            self.sinks, self.recent, self.keys, self.values
+            self.sinks, self.recent
         ):
             raise RecipeError(f"pass 'quantize-kv': {why}")
         stats, step = PassStats(), program.graph("step")
@@ -65,6 +65,11 @@ class QuantizeKV(Pass):
         if beyond := [n for n in self.skip if not 0 <= n < len(attends)]:
             raise RecipeError(
                 f"pass 'quantize-kv': skip has {beyond[0]}; the model's attentions are numbered 0 to {len(attends) - 1}"
+            )
+        if attends and len(set(self.skip)) == len(attends):
+            raise RecipeError(
+                f"pass 'quantize-kv': skip names all {len(attends)} attentions, so nothing is left to pack; take some "
+                "out, or the pass"
             )
         specs = {spec.name: spec for spec in program.state}
         before = sum(spec.bytes_per_page for spec in specs.values())

@@ -60,8 +60,8 @@ class RotateHadamard(Pass):
             )
         if list(program.graphs) != ["forward"]:
             raise RecipeError("pass 'rotate-hadamard' stands behind 'insert-kv-cache'; move it before")
-        if self.order < 0:
-            raise RecipeError(f"pass 'rotate-hadamard': order is {self.order}; wanted 0 (the largest there is) or more")
+        if why := self._why_not():
+            raise RecipeError(f"pass 'rotate-hadamard': {why}")
         stats, graph = PassStats(), program.graph("forward")
         edits = WeightEdits(program, graph, self.name)
         rotate: list[tuple[bool, Callable[..., None]]] = [
@@ -81,6 +81,13 @@ class RotateHadamard(Pass):
                 said = "; ".join(stats.notes) or "none of r1 to r4 is asked for"
                 raise PassMatchedNothing(f"pass 'rotate-hadamard' rewrote nothing: {said}; take it out of the recipe")
         return stats
+
+    def _why_not(self) -> str | None:
+        if self.order < 0:
+            return f"order is {self.order}; wanted 0 (the largest there is) or more"
+        if not 0 <= self.seed < 2**63:
+            return f"seed is {self.seed}; wanted a number from 0 up to 2**63 - 1"
+        return None
 
     @property
     def _how(self) -> str:

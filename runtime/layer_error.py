@@ -121,7 +121,7 @@ def _scores(
         if softcap > 0:
             right, packed = (softcap * torch.tanh(x / softcap) for x in (right, packed))
         errors.append(torch.where(near, 0.0, packed - right)[:, seen].square().mean().sqrt())
-        deviations.append(right[:, seen].std())
+        deviations.append(right[:, seen].std(correction=0))
     return float(torch.stack(errors).mean()), float(torch.stack(deviations).mean())
 
 

@@ -155,10 +155,12 @@ def why_no_choice(keys: str, values: str, order: int, rotate: str) -> str | None
     for option, seen in (("keys", keys), ("values", values)):
         if seen not in (*KINDS, NONE):
             return f"{option} is {seen!r}; wanted one of {', '.join((*KINDS, NONE))}"
+    if keys == values == NONE:
+        return f"keys and values are both none, so nothing is packed; wanted one of {', '.join(KINDS)} for one of them"
     if rotate not in ("k", "v", "kv", NONE):
         return f"rotate is {rotate!r}; wanted k, v, kv or none"
-    if order < 0 or order & (order - 1):
-        return f"order is {order}; wanted 0 (the largest there is) or a power of two"
+    if type(order) is not int or order < 0 or order & (order - 1):
+        return f"order is {order!r}; wanted 0 (the largest there is) or a power of two"
     return None
 
 

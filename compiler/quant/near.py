@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmopt.compiler.quant.kv import KINDS, NONE
-
 
 @dataclass(frozen=True)
 class Near:
@@ -45,16 +43,11 @@ class Near:
         return (k_at < self.first)[None] | (q_at[:, None] - k_at[None] < self.recent)
 
 
-def why_not_near(sinks: int, recent: int, keys: str, values: str) -> str | None:
-    """What is wrong with so many near tokens of a cache whose keys and values are of these kinds, or None."""
+def why_not_near(sinks: int, recent: int) -> str | None:
+    """What is wrong with so many near tokens, or None."""
     for option, count in (("sinks", sinks), ("recent", recent)):
-        if count < 0:
-            return f"{option} is {count}; wanted a number of tokens from 0 on"
-    if sinks + recent and keys == values == NONE:
-        return (
-            f"sinks is {sinks} and recent {recent}, but keys and values are both none, so every token is seen as it "
-            f"is; wanted one of {', '.join(KINDS)} for keys or values, or sinks and recent 0"
-        )
+        if type(count) is not int or count < 0:
+            return f"{option} is {count!r}; wanted a number of tokens from 0 on"
     return None
 
 

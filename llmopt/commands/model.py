@@ -27,7 +27,7 @@ from llmopt.console import (
     write_table,
 )
 from llmopt.model import CompiledModel
-from llmopt.passes import PASSES
+from llmopt.passes import PASSES, RotateHadamard
 from llmopt.runtime.build import Calibration, build
 from llmopt.runtime.gpu_code import code_for
 from llmopt.runtime.report import Report
@@ -154,8 +154,9 @@ def uncompressed(recipe: Recipe) -> Recipe:
 
 
 def lossy_notes(passes: Iterable[PassReport]) -> list[str]:
-    """What the passes that change results have to say of it, such as too few tokens to learn from."""
-    lossy = {name for name, kind in PASSES.items() if not isinstance(kind.meaning, Exact)}
+    """What the passes that change results have to say of it, such as too few tokens to learn from, and rotations that
+    were asked for and left out."""
+    lossy = {name for name, kind in PASSES.items() if not isinstance(kind.meaning, Exact)} | {RotateHadamard.name}
     return [f"note: {entry.name}: {note}" for entry in passes if entry.name in lossy for note in entry.stats.notes]
 
 

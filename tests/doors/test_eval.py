@@ -233,7 +233,9 @@ def test_errors_of_scores_over_packed_keys(tokens: str):
     assert all(0 < b.rmse < a.rmse / 8 < a.deviation for a, b in zip(int4, int8, strict=True))
     assert [e.name for e in found(skip=(0,))] == ["layers.1.self_attn"]
     assert [e.rmse for e in found(recent=WINDOW)] == [0, 0]
-    assert found(keys="none") == []
+    assert found(keys="none", values="int8") == []
+    (first, _) = score_errors(Loaded(ours.program, ours.weights, ours.session.device), QuantizeKV(), window[:, :1])
+    assert first.deviation == 0  # one score does not vary
     out = " ".join(cli(PICO, "-d", tokens, "--recipe", "int4-kv", *FP32)[1].split())
     assert "packed keys: attention's scores are off by" in out
 

@@ -12,7 +12,6 @@ from transformers import DynamicCache, GenerationConfig
 import llmopt
 from llmopt.cache import PackedLayer
 from llmopt.compiler.errors import InputError
-from llmopt.compiler.quant.kv import Packing
 from llmopt.compiler.quant.near import Near
 from llmopt.compiler.recipe import PassSpec, Recipe
 from llmopt.runtime.engine import SamplingParams
@@ -80,7 +79,7 @@ def test_where_every_token_is_near_nothing_is_rounded() -> None:
 
 
 def test_near_tokens_are_cropped_repeated_and_forgotten() -> None:
-    layer = PackedLayer(Packing("int8"), Packing("int8"), Near(4, 3))
+    layer = PackedLayer("int8", "int8", 0, "none", Near(4, 3))
     x, more = torch.randn(2, 1, 9, 16), torch.randn(2, 1, 1, 16)
     layer.update(x, x)
     layer.crop(-2)
@@ -102,8 +101,6 @@ def test_near_tokens_are_cropped_repeated_and_forgotten() -> None:
 def test_beams_reorder_rows() -> None:
     model, ids = tiny("qwen3"), torch.tensor(ragged(9))
     plain = generated(model, ids, DynamicCache(config=model.config), num_beams=3)
-    exact = llmopt.Cache(model.config, keys="none", values="none")
-    assert generated(model, ids, exact, num_beams=3) == plain
     assert generated(model, ids, llmopt.Cache(model.config, keys="int8", values="int8"), num_beams=3) == plain
 
 
@@ -123,8 +120,10 @@ def test_cropping_takes_the_last_tokens() -> None:
         ({"keys": "int2"}, "keys is 'int2'; wanted one of int4, int8, fp8, nvfp4, none"),
         ({"rotate": "q"}, "rotate is 'q'"),
         ({"order": 12}, "order is 12; wanted 0"),
+        ({"order": "16"}, "order is '16'; wanted 0"),
+        ({"sinks": True}, "sinks is True; wanted a number of tokens"),
         ({"recent": -1}, "recent is -1; wanted a number of tokens from 0 on"),
-        ({"keys": "none", "values": "none", "sinks": 4}, "so every token is seen as it is"),
+        ({"keys": "none", "values": "none", "sinks": 4}, "keys and values are both none, so nothing is packed"),
     ],
 )
 def test_options_that_are_wrong(options: dict[str, Any], said: str) -> None:

@@ -11,7 +11,7 @@ from lowbit_steps import of_a_prompt
 from torch import Tensor
 
 import llmopt
-from llmopt.compiler.errors import InputError, PassMatchedNothing, PassOrderError, RecipeError
+from llmopt.compiler.errors import InputError, PassOrderError, RecipeError
 from llmopt.compiler.ops.attention import attend, kv_write
 from llmopt.compiler.pipeline import Context, Pipeline
 from llmopt.compiler.program import Program
@@ -75,6 +75,8 @@ def test_attentions_are_skipped_by_number() -> None:
         ({"keys": "int3"}, "keys is 'int3'; wanted one of int4, int8, fp8, nvfp4, none"),
         ({"rotate": "q"}, "rotate is 'q'; wanted k, v, kv or none"),
         ({"order": 12}, "order is 12; wanted 0"),
+        ({"keys": "none", "values": "none"}, "keys and values are both none, so nothing is packed; wanted one of int4"),
+        ({"skip": (0, 1, 1)}, "skip names all 2 attentions, so nothing is left to pack"),
         ({"skip": (2,)}, "skip has 2; the model's attentions are numbered 0 to 1"),
     ],
 )
@@ -90,8 +92,6 @@ def test_what_cannot_be_packed_is_told() -> None:
         step_of(order=64)
     with pytest.raises(InputError, match=r"packed as nvfp4: .*; wanted another packing, or skip"):
         step_of(keys="nvfp4", rotate="none", head_dim=24)
-    with pytest.raises(PassMatchedNothing):
-        step_of(skip=(0, 1))
 
 
 @pytest.mark.parametrize("name", ["int4-kv", "rotate+nvfp4-kv"])

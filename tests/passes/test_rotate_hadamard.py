@@ -168,7 +168,25 @@ def test_products_are_known_by_the_names_they_had() -> None:
     assert packed == [f"model.layers.{i}.mlp.down_proj.weight.r1.r4.packed" for i in range(2)]
 
 
+def test_patterns_do_not_meet_the_norms_that_are_folded_in() -> None:
+    after, _ = rotated("llama")
+    some, every = (
+        run(after.copy(), InsertKVCache(), Quantize(weights="int8", exclude=exclude))[1][1].stats.rewritten
+        for exclude in (("*layernorm*",), ())
+    )
+    assert some == every > 8
+
+
+def test_blocks_are_no_larger_than_what_they_turn() -> None:
+    assert largest(48, 10**18) == 48
+    after, _ = rotated("llama", order=10**18)
+    assert float((logits(after) - logits(structured("llama"))).norm()) < 1e-9
+
+
 def test_what_cannot_be_asked_for() -> None:
+    for seed in (-1, 2**63):
+        with pytest.raises(RecipeError, match=f"seed is {seed}; wanted a number from 0 up to"):
+            rotated("llama", seed=seed)
     with pytest.raises(RecipeError, match="order is -1; wanted 0"):
         rotated("llama", order=-1)
     with pytest.raises(PassMatchedNothing, match="none of r1 to r4 is asked for"):
