@@ -372,7 +372,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe("default", _STANDARD, about="exact, as fast as this machine can"),
         Recipe("reference", _STANDARD, providers=("reference",), about="exact, every op by its plain meaning, slow"),
-        _rotated("rotate", "with one below: no outliers in hidden vectors and values, at no cost (R1, R2)"),
+        _rotated("rotate", "with one below: no outliers in hidden vectors and values, at no cost in time (R1, R2)"),
         _rotated("rotate-online", "the same, and in what down projections read (R4), at some cost", r4=True),
         _quantized("nvfp4", "4-bit floats, 16 to a scale of 8 bits", weights="nvfp4"),
         _quantized("mxfp4", "4-bit floats, 32 to a power of two", weights="mxfp4"),
