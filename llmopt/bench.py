@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
-from llmopt.commands.model import Wanted, compiled, lossy_notes, uncompressed
+from llmopt.commands.model import Wanted, compiled, notes_to_say, uncompressed
 from llmopt.compiler._torch import compiled_graphs
 from llmopt.compiler.errors import InputError, VerifyError, did_you_mean
 from llmopt.compiler.graph import target_name
@@ -299,7 +299,7 @@ def _measured(settings: Settings, progress: Callable[[str], None], memory: bool,
         "peak_rss_bytes": peaks,
         "load_average": os.getloadavg()[0],
         "compile_seconds": ours.model.report.seconds,
-        "notes": lossy_notes(ours.model.report.passes),
+        "notes": notes_to_say(ours.model.report.passes),
         "results": results,
     }
 

@@ -25,7 +25,7 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, keys: str, values: str, order: int, rotate: str, near: Near) -> None:
         super().__init__()
         self.kinds, self.order, self.rotate, self.near = (keys, values), order, rotate, near
-        self.first, self.last = self._near = DynamicLayer(), DynamicLayer()
+        self.first, self.last = self._plain = DynamicLayer(), DynamicLayer()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """No rows yet; the new tokens say how long they are. Raises InputError: heads that cannot be packed so."""
@@ -81,37 +81,37 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
     def offload(self) -> None:
         """To the host."""
         super().offload()
-        for layer in self._near:
+        for layer in self._plain:
             layer.offload()
 
     def prefetch(self) -> None:
         """Back to the device."""
         super().prefetch()
-        for layer in self._near:
+        for layer in self._plain:
             layer.prefetch()
 
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
-        for layer in self._near:
+        for layer in self._plain:
             layer.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of the batch in this order, of beams."""
         super().reorder_cache(beam_idx)
-        for layer in self._near:
+        for layer in self._plain:
             layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row of the batch so many times."""
         super().batch_repeat_interleave(repeats)
-        for layer in self._near:
+        for layer in self._plain:
             layer.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """These rows of the batch alone."""
         super().batch_select_indices(indices)
-        for layer in self._near:
+        for layer in self._plain:
             layer.batch_select_indices(indices)
 
 
@@ -128,7 +128,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
     `keys`, `values`: `int4`, `int8`, `fp8`, `nvfp4`, or `none`: as they are. `rotate`: "k", "v", "kv" or "none", in
     Hadamard blocks of `order` channels (a power of two; 0: the largest that divides a head's). The `sinks` first tokens
     and the `recent` last ones are seen as they are; all tokens of a step as its last one sees them, since transformers
-    asks for one tensor of keys. As `quantize-kv`.
+    asks for one tensor of keys; columns of padding on the left count as tokens. As `quantize-kv`.
     It saves memory, not time: torch unpacks everything for each step; `llmopt.compile` has kernels that need not.
 
     Raises InputError: an option, or layers that do not attend to all tokens before (sliding windows, linear attention).

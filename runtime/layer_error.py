@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from llmopt.compiler.emittable import argument
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.graph import Graph, origin
 from llmopt.compiler.program import Program
@@ -102,13 +103,12 @@ def score_errors(loaded: Loaded, cache: QuantizeKV, ids: Tensor) -> list[ScoreEr
         how = None if number in cache.skip else packing_for("k", cache.keys, cache.order, cache.rotate, k.shape[-1])
         if how is not None:
             rounded = how.turned_back(how.unpack(how.pack(k)))
-            found.append(ScoreError(origin(node).module, *_scores(q, k, rounded, cache, *node.args[4:])))
+            found.append(ScoreError(origin(node).module, *_scores(q, k, rounded, cache, node)))
     return found
 
 
-def _scores(
-    q: Tensor, k: Tensor, rounded: Tensor, cache: QuantizeKV, scale: Any, window: Any, softcap: Any
-) -> tuple[float, float]:
+def _scores(q: Tensor, k: Tensor, rounded: Tensor, cache: QuantizeKV, attention: fx.Node) -> tuple[float, float]:
+    scale, window, softcap = (argument(attention, name, 0) for name in ("scale", "window", "softcap"))
     at = torch.arange(q.shape[2], device=q.device)
     far = at[:, None] - at
     seen = (far >= 0) & (far < (window or len(at)))

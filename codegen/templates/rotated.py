@@ -114,8 +114,8 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
         if rows > 128:
             tried = [(32, 4, 8, 1), (32, 1, 8, 1)][shape["N"] <= 64 :] if large else [(16, 1, 8, 1)]
         elif shape["N"] <= 64:
-            # with fewer warps ptxas may build the second product's descriptors wrongly (`machine_code.never_written`);
-            # two warps multiply by mma.sync, which has none
+            # ptxas may build the second product's descriptors wrongly (`machine_code.never_written`): not so with eight
+            # warps on 128 rows, and two warps multiply by mma.sync, which has none
             warps = 8 if rows > 64 else 2
             tried = [(64, 1, 8, 1), (32, 1, warps, 1)] if shape["N"] > 8 else [(32, 1, warps, 1)]
             tried = [(16, 1, warps, 1)] * (large and not wide and shape["N"] <= 8) + tried

@@ -63,7 +63,7 @@ def write_packed(
     """
     G: tl.constexpr = HQ // HKV
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    part, all = tl.program_id(2), tl.num_programs(2) == 1
+    part, whole = tl.program_id(2), tl.num_programs(2) == 1
     d = tl.arange(0, max(16, triton.next_power_of_2(D)))[None, :]
     dv = tl.arange(0, max(16, triton.next_power_of_2(DV)))[None, :]
     g = tl.arange(0, triton.next_power_of_2(G))
@@ -74,7 +74,7 @@ def write_packed(
     one = tl.zeros([1, 1], tl.int32)
     head = (h * G + g)[:, None]
     ok = (g < G)[:, None] & (d < D)
-    if all:  # loads first, so that what is computed of one hides what another waits for
+    if whole:  # loads first, so that what is computed of one hides what another waits for
         k = LOAD_K(n, h, one + d, d < D, e0, e1, e2, e3, e4, e5)
         v = LOAD_V(n, h, one + dv, dv < DV, e0, e1, e2, e3, e4, e5)
         q = LOAD_Q(n, head, d, ok, e0, e1, e2, e3, e4, e5)

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from llmopt.commands.figures import deliver
-from llmopt.commands.model import Wanted, lossy_notes, say_notes, uncompressed
+from llmopt.commands.model import Wanted, notes_to_say, say_notes, uncompressed
 from llmopt.compiler.calibration_data import read_tokens
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.pipeline import Context
@@ -93,7 +93,7 @@ def eval_model(settings: Settings, as_json: bool, out: Path | None, plot: Path |
             figures["layers"] = layers(subject)
             draw(figures, plot)
     if not is_artifact(settings.model):
-        say_notes(lossy_notes(subject.ours.report.passes))
+        say_notes(notes_to_say(subject.ours.report.passes))
     deliver(figures, show, out, as_json)
     if settings.against is None and subject.theirs is None and uncompressed(subject.ours.recipe) != subject.ours.recipe:
         say(f"{settings.model} does not hold the uncompressed program; give --against MODEL to compare with it")

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 import llmopt
 from llmopt import codegen
 from llmopt.codegen.regions import as_function
-from llmopt.commands.model import Wanted, lossy_notes, say_notes
+from llmopt.commands.model import Wanted, notes_to_say, say_notes
 from llmopt.compiler import bisect as bisection
 from llmopt.compiler import knobs
 from llmopt.compiler.calibration_statistics import Statistics
@@ -74,7 +74,7 @@ class Subject:
                 after = pipeline.step(item, before, context)
                 found.append((item.name, before, after))
                 before = after
-        say_notes(lossy_notes(pipeline.reports))
+        say_notes(notes_to_say(pipeline.reports))
         if last is None:
             _check_read(context)
         yield from found

@@ -27,7 +27,7 @@ from llmopt.console import (
     write_table,
 )
 from llmopt.model import CompiledModel
-from llmopt.passes import PASSES, RotateHadamard
+from llmopt.passes import PASSES
 from llmopt.runtime.build import Calibration, build
 from llmopt.runtime.gpu_code import code_for
 from llmopt.runtime.report import Report
@@ -124,7 +124,7 @@ def compile_to(model: str, out: Path, wanted: Wanted, as_json: bool) -> None:
             )
         progress("writing")
         made.save(out)
-    say_notes(lossy_notes(made.report.passes))
+    say_notes(notes_to_say(made.report.passes))
     seconds = time.perf_counter() - started
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     if as_json:
@@ -153,15 +153,17 @@ def uncompressed(recipe: Recipe) -> Recipe:
     return recipe if exact == recipe.passes else replace(recipe, name="uncompressed", passes=exact)
 
 
-def lossy_notes(passes: Iterable[PassReport]) -> list[str]:
-    """What the passes that change results have to say of it, such as too few tokens to learn from, and rotations that
-    were asked for and left out."""
-    lossy = {name for name, kind in PASSES.items() if not isinstance(kind.meaning, Exact)} | {RotateHadamard.name}
-    return [f"note: {entry.name}: {note}" for entry in passes if entry.name in lossy for note in entry.stats.notes]
+def notes_to_say(passes: Iterable[PassReport]) -> list[str]:
+    """What passes that the default recipe lacks have to say, such as too few tokens to learn from, or what a rotation
+    leaves out. Whoever names a recipe with them asks for what they do."""
+    default = {spec.name for spec in Recipe.parse("default").passes}
+    return [
+        f"note: {entry.name}: {note}" for entry in passes if entry.name not in default for note in entry.stats.notes
+    ]
 
 
 def say_notes(notes: Sequence[str]) -> None:
-    """Those of `lossy_notes` on stderr, the first few."""
+    """Those of `notes_to_say` on stderr, the first few."""
     for note in notes[:MOST_NOTES]:
         say(note)
     if len(notes) > MOST_NOTES:
@@ -196,7 +198,7 @@ def run_prompts(
     with stages(f"preparing {model}") as progress:
         ready = opened(model, wanted, progress)
     if not is_artifact(model):
-        say_notes(lossy_notes(ready.report.passes))
+        say_notes(notes_to_say(ready.report.passes))
     options = {
         "max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
         "seed": sampling.seed,

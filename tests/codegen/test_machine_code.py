@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llmopt.codegen.machine_code import never_written
+from llmopt.codegen.machine_code import instructions, never_written
+from llmopt.compiler.errors import BuildError
 
 DESCRIPTOR = [
     "ULDC.64 UR16, c[0x0][0x208]",
@@ -29,6 +30,22 @@ def test_every_register_that_is_read_is_written_somewhere() -> None:
 )
 def test_one_that_is_not_is_told(odd: str) -> None:
     assert never_written([*DESCRIPTOR[:6], odd, *DESCRIPTOR[7:]]) == [odd]
+
+
+@pytest.mark.parametrize(
+    ("wide", "last"),
+    [("CS2UR UR4, SR_CLOCKLO", 5), ("LDCU.256 UR8, c[0x0][0x20]", 15), ("UIMAD.WIDE UR6, UR4, UR4, URZ", 7)],
+)
+def test_results_of_several_registers(wide: str, last: int) -> None:
+    before = ["UMOV UR4, 0x1"]
+    assert never_written([*before, wide, f"MOV R0, UR{last}"]) == []
+    assert never_written([*before, wide, f"MOV R0, UR{last + 1}"]) == [f"MOV R0, UR{last + 1}"]
+
+
+def test_what_cannot_be_disassembled_is_told() -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(BuildError, match=r"nvdisasm cannot read what ptxas made \(.*\).*TRITON_NVDISASM_PATH"):
+        instructions(b"no cubin")
 
 
 def test_addresses_count_too() -> None:

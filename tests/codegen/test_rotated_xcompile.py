@@ -21,7 +21,13 @@ DOWN = Case(14336, gated=True)  # 112 * 128: what an 8B model's down projections
 WIDE = Case(28672)  # 128 * 224, of a 70B model
 
 
-@pytest.mark.parametrize(("isa", "case"), [*((isa, DOWN) for isa in ISAS), ("sm_90", WIDE), ("sm_90", Case(128, 32))])
+CASES = [
+    *((isa, DOWN) for isa in ISAS), *((isa, Case(4096)) for isa in ("sm_80", "sm_100")),
+    ("sm_90", WIDE), ("sm_90", Case(128, 32)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("isa", "case"), CASES)
 def test_it_compiles_and_nothing_spills(isa: str, case: Case) -> None:
     target = Target.parse(f"cuda:{isa}")
     for tokens in (1, 1024):

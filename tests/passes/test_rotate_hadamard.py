@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmopt
+from llmopt.commands.model import notes_to_say
 from llmopt.compiler.capture_hf import capture_model
 from llmopt.compiler.errors import InputError, PassMatchedNothing, RecipeError
 from llmopt.compiler.evaluate import evaluate
@@ -157,6 +158,8 @@ def test_norms_behind_products_keep_the_stream_as_it_is() -> None:
     after, stats = rotated("gemma2", r3=True, r4=True)
     assert [rule for rule, _ in stats.rejected] == ["r1"]
     assert "cannot be turned" in stats.notes[0]
+    reports = run(structured("gemma2"), RotateHadamard(r3=True, r4=True), InsertKVCache())[1]
+    assert notes_to_say(reports) == [f"note: rotate-hadamard: {stats.notes[0]}"]
     want, got = logits(structured("gemma2")), logits(after)
     assert float((got - want).norm() / want.norm()) < 1e-9
 
