@@ -30,12 +30,12 @@ from gpu_attention import attempt, flex_paged
 from llmopt.codegen import tuning
 from llmopt.codegen.splits import splits as splits_for
 from llmopt.codegen.templates import decode_packed
-from llmopt.compiler.quant.kv import Packing
 from llmopt.compiler.target import Target
 from llmopt.runtime.gpu_code import decode_shape
 from llmopt.runtime.measure import environment, write_json
 
-PACKINGS = ("int4-h128/int4", "int4/int4", "int4-h16/int4", "int4-h128/int4-h128", "int8/int8", "fp8/fp8")
+PACKINGS = ("int4-h128/int4", "int4/int4", "int4-h16/int4", "int4-h128/int4-h128", "int8/int8", "fp8/fp8",
+            "nvfp4/nvfp4")  # fmt: skip
 MOST = 0.02  # error of the largest value
 LAYERS = 4  # launches a graph
 
@@ -44,6 +44,11 @@ def name_of(config: Mapping[str, Any], splits: int) -> str:
     """`32/1/3 early x16`."""
     early = " early" if config["EARLY"] else ""
     return f"{config['BLOCK_T']}/{config['num_warps']}/{config['num_stages']}{early} x{splits}"
+
+
+def is_int4(packing: str) -> int:
+    """Are keys and values both?"""
+    return int(all(half.startswith("int4") for half in packing.split("/")))
 
 
 def repeated(case: PackedDecode, config: Mapping[str, Any], splits: int) -> int:
@@ -63,8 +68,7 @@ def packing_row(
     where a result is wrong."""
     case = PackedDecode(plain, *packing.split("/"))
     base = splits_for(plain.batch, LLAMA.HKV, plain.context, target, packed=True)
-    bits = max(how.bits for how in case.how)
-    shape = {**LLAMA.shape, "PAGE": plain.page, "N": int(decode_shape(plain.batch)), "BITS": bits}
+    shape = {**LLAMA.shape, "PAGE": plain.page, "N": int(decode_shape(plain.batch)), "INT4": is_int4(packing)}
     configs = decode_packed.configs(shape, "bfloat16", target)
     tried: dict[str, float] = {}
     unlike, worst = 0, 0.0
@@ -135,8 +139,7 @@ def to_compile(args: argparse.Namespace, target: Target) -> list[Compiled]:
     """All decoding kernels that will be launched."""
     found = []
     for number, packing in enumerate(args.packings):
-        bits = max(Packing.parse(half).bits for half in packing.split("/"))
-        shape = {**LLAMA.shape, "PAGE": args.page, "N": 1, "BITS": bits}
+        shape = {**LLAMA.shape, "PAGE": args.page, "N": 1, "INT4": is_int4(packing)}
         configs = decode_packed.configs(shape, "bfloat16", target)
         some = configs if number < args.whole else configs[:1]
         found += [Compiled(LLAMA, args.page, packing, tuple(config.items())) for config in some]

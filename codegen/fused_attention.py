@@ -109,7 +109,7 @@ def _kernel(region: FusedRegion, attend: fx.Node, made: Sequence[fx.Node], token
     heads = attention_shape(attend)
     packed = _packed(attend)
     template = "decode_packed:decode_packed" if packed else "decode_attention:decode_attention"
-    bits = {"BITS": max(Packing.parse(p).bits for p in packings_of(attend))} if packed else {}
+    bits = {"INT4": int(packed["K_KIND"] == packed["V_KIND"] == "int4")} if packed else {}
     config = config_of(region, template, {**heads, "N": tokens, **bits}, dtype_of(attend))
     arguments: list[Argument] = [
         *paged,

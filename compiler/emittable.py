@@ -42,7 +42,6 @@ CASTS = frozenset({"to", "_to_copy"})
 PRODUCTS = {"linear": (range(1, 2), 2), "quantized_linear": (range(1, 5), 5)}
 # (weights, activations) that scaled matrix instructions multiply as they are, both sides in codes with scales
 SCALED = frozenset({("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("mxfp8", "mxfp8")})
-PACKED = ("int4", "int8", "fp8")  # packings of keys and values that kernels read
 ATTENDS = frozenset({"attend", "attend_near"})
 WRITES = frozenset({"kv_write", "near_write"})
 OPERANDS = {"gemm": 6, "rows": 8}  # tensors a template's hooks may read
@@ -173,12 +172,11 @@ def packings_of(attend: fx.Node) -> tuple[str, str]:
 
 def why_no_packing(packings: tuple[str, str], dtype: str) -> str | None:
     """None if the templates of attention read pages packed so for results of this dtype (a torch name), or why not."""
-    kinds = [packing.partition("-")[0] for packing in packings]
-    if not any(kinds):
+    if not any(packings):
         return None
-    if not all(kind in PACKED for kind in kinds):
+    if not all(packings):
         said = " and ".join(packing or "plain" for packing in packings)
-        return f"keys and values are packed as {said}; kernels read both in one of {', '.join(PACKED)}"
+        return f"keys and values are packed as {said}; kernels read pages that are packed both, or neither"
     return None if dtype == "bfloat16" else f"dtype {dtype}: packed keys and values are multiplied in bfloat16"
 
 

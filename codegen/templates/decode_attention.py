@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 
 from llmopt.codegen.templates.order import place
-from llmopt.codegen.templates.packed import turned_back
+from llmopt.codegen.templates.packed_rows import turned_back
 from llmopt.codegen.templates.paged import dot, drain, key_rows, logits, rows
 from llmopt.compiler.emittable import why_no_attention
 from llmopt.compiler.target import Target

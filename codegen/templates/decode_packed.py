@@ -28,23 +28,17 @@ from llmopt.codegen.templates.decode_attention import (
 )
 from llmopt.codegen.templates.near_rows import is_far, over_near, shared, store_near
 from llmopt.codegen.templates.packed import (
-    bits_of,
     by_channel,
     centre_of,
     in_order,
     key_operand,
     load_codes,
-    numbers,
     offset_of,
-    rotated,
-    rounded,
-    row_at,
     row_width,
     scale_and_offset,
-    stages,
-    store_row,
     value_operand,
 )
+from llmopt.codegen.templates.packed_rows import bits_of, numbers, rotated, rounded, row_at, stages, store_row
 from llmopt.codegen.templates.paged import dot, logits
 from llmopt.compiler.emittable import why_no_attention
 from llmopt.compiler.target import Target
@@ -166,15 +160,15 @@ def decode_packed(
         ok = begin + t < last
         if NEAR:
             ok = ok & is_far(begin + t, position, FIRST, RECENT)
-        k_first, k_word = row_at(page, (begin + t) % PAGE, h, K_KIND, HKV, D, PAGE)
-        _, v_word = row_at(page, (begin + t) % PAGE, h, V_KIND, HKV, DV, PAGE)
-        even_first, _ = row_at(even_page, (begin + pair) % PAGE, h, V_KIND, HKV, DV, PAGE)
-        odd_first, _ = row_at(odd_page, (begin + pair + 1) % PAGE, h, V_KIND, HKV, DV, PAGE)
-        k = load_codes(k_words, k_first, ok, K_KIND, D, KW)
-        k_scale, k_offset = scale_and_offset(tl.load(k_words + k_word, mask=ok, other=0))
-        even = load_codes(v_words, even_first, begin + pair < last, V_KIND, DV, VW)
-        odd = load_codes(v_words, odd_first, begin + pair + 1 < last, V_KIND, DV, VW)
-        v_scale, v_offset = scale_and_offset(tl.load(v_words + v_word, mask=ok, other=0))
+        k_first, k_word, k_step = row_at(page, (begin + t) % PAGE, h, K_KIND, HKV, D, PAGE)
+        _, v_word, _ = row_at(page, (begin + t) % PAGE, h, V_KIND, HKV, DV, PAGE)
+        even_first, _, even_step = row_at(even_page, (begin + pair) % PAGE, h, V_KIND, HKV, DV, PAGE)
+        odd_first, _, odd_step = row_at(odd_page, (begin + pair + 1) % PAGE, h, V_KIND, HKV, DV, PAGE)
+        k = load_codes(k_words, k_first, k_step, ok, K_KIND, D, KW)
+        k_scale, k_offset = scale_and_offset(tl.load(k_words + k_word, mask=ok, other=0), K_KIND)
+        even = load_codes(v_words, even_first, even_step, begin + pair < last, V_KIND, DV, VW)
+        odd = load_codes(v_words, odd_first, odd_step, begin + pair + 1 < last, V_KIND, DV, VW)
+        v_scale, v_offset = scale_and_offset(tl.load(v_words + v_word, mask=ok, other=0), V_KIND)
         after = begin + BLOCK_T
         # rows of the tile after: the loads of a tile then wait for no table
         page, even_page = _page(table, after + t, last, PAGE), _page(table, after + pair, last, PAGE)
@@ -214,11 +208,11 @@ def supports(shape: Mapping[str, int], dtype: str, target: Target) -> str | None
 
 
 def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[str, Any]]:
-    """Constants worth trying, the default first. `shape` as for `supports`, N the tokens, BITS of the widest codes."""
+    """Constants worth trying, the default first. `shape` as for `supports`, N the tokens, INT4: both are."""
     heads = triton.next_power_of_2(shape["HQ"] // shape["HKV"])
     wide = max(64, triton.next_power_of_2(max(shape["D"], shape["DV"])))
     few = max(8, heads) * wide <= 2048
-    tried = [(64, 1, 2), (64, 1, 3)] if few and shape["BITS"] == 4 else []
+    tried = [(64, 1, 2), (64, 1, 3)] if few and shape["INT4"] else []
     tried += [(32, 1, 3), (32, 1, 2), (32, 1, 4)] if few else [(32, 4, 2)]
     return [
         {"BLOCK_T": block, "LEAST": max(1, 64 // block), "EARLY": early,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from llmopt.codegen.templates.packed import row_words
+from llmopt.codegen.templates.packed_rows import row_words, step_words
 from llmopt.codegen.templates.paged import dot, logits
 
 _BLOCK = tl.constexpr(16)  # near rows of a tile
@@ -18,7 +18,7 @@ _BLOCK = tl.constexpr(16)  # near rows of a tile
 @triton.constexpr_function
 def _page_elements(kind, channels, page):
     # of a head's part of a page
-    return page * (row_words(kind, channels) + 1) * 2
+    return page * (row_words(kind, channels) + 1 + step_words(kind, channels)) * 2
 
 
 @triton.jit

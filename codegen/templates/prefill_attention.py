@@ -14,18 +14,16 @@ import triton
 import triton.language as tl
 
 from llmopt.codegen.templates.packed import (
-    bits_of,
     centre_of,
     in_channels,
     in_order,
     key_operand,
     load_codes,
     offset_of,
-    row_at,
     row_width,
     scale_and_offset,
-    turned_back,
 )
+from llmopt.codegen.templates.packed_rows import bits_of, row_at, turned_back
 from llmopt.codegen.templates.paged import dot, drain, key_rows, logits, rows
 from llmopt.compiler.emittable import why_no_attention
 from llmopt.compiler.target import Target
@@ -49,9 +47,9 @@ def _lies(table, h, t, ok, KIND: tl.constexpr, HKV: tl.constexpr, PAGE: tl.const
 def _packed_tile(pages, page, h, at, ok, KIND: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr):
     # bf16 [T, channels] in the operand's order, and the scale and offset [T] of each
     words = pages.to(tl.pointer_type(tl.int32))
-    first, word = row_at(page, at % PAGE, h, KIND, HKV, D, PAGE)
-    codes = load_codes(words, first, ok, KIND, D, row_width(KIND, D, 4))
-    scale, offset = scale_and_offset(tl.load(words + word, mask=ok, other=0))
+    first, word, step = row_at(page, at % PAGE, h, KIND, HKV, D, PAGE)
+    codes = load_codes(words, first, step, ok, KIND, D, row_width(KIND, D, 4))
+    scale, offset = scale_and_offset(tl.load(words + word, mask=ok, other=0), KIND)
     return key_operand(codes, KIND), scale, offset
 
 

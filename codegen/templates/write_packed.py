@@ -13,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from llmopt.codegen.templates.packed import numbers, rotated, rounded, store_row, turned_back
+from llmopt.codegen.templates.packed_rows import numbers, rotated, rounded, store_row, turned_back
 from llmopt.compiler.emittable import why_no_attention
 from llmopt.compiler.target import Target
 

@@ -20,12 +20,13 @@ from math import log2
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.quant.elements import ELEMENTS
 
 KINDS = {"int4": 4, "int8": 8, "fp8": 8, "nvfp4": 4}  # bits of a code
-WORD = 4  # bytes behind a row's codes: its scale and offset, both bfloat16
+WORD = 4  # bytes behind a row's codes: its scale and offset, both bfloat16; and what all parts of a row are whole of
 GROUP = 16  # channels that share one of nvfp4's scales
 TINY = 2.0**-100  # the least scale: a constant vector's
 NONE = "none"
@@ -38,7 +39,7 @@ class Packing:
 
     int4, int8: code * scale + offset, from the vector's least and largest element (token-wise, asymmetric). fp8 (E4M3):
     code * scale, the largest element becoming 448. nvfp4: E2M1 codes, an E4M3 scale for 16 channels, times the scale of
-    the vector. Written `int4-h128`.
+    the vector (rows are filled up to whole words of 32 bits). Written `int4-h128`.
     """
 
     kind: str
@@ -71,6 +72,10 @@ class Packing:
         """Bytes of a row's codes."""
         return channels * self.bits // 8
 
+    def step_bytes(self, channels: int) -> int:
+        """Bytes of nvfp4's scales, filled up to whole words; 0 of other packings."""
+        return -(-channels // (GROUP * WORD)) * WORD if self.kind == "nvfp4" else 0
+
     def row_bytes(self, channels: int) -> int:
         """Bytes that a head's vector of `channels` elements takes. Raises InputError where it cannot be cut so."""
         least = GROUP if self.kind == "nvfp4" else 8
@@ -79,12 +84,13 @@ class Packing:
                 f"heads of {channels} channels cannot be packed as {self}: wanted a multiple of {least} and of "
                 f"{self.order}, the order of the rotation"
             )
-        return self.code_bytes(channels) + WORD + (channels // GROUP if self.kind == "nvfp4" else 0)
+        return self.code_bytes(channels) + WORD + self.step_bytes(channels)
 
     def channels(self, row_bytes: int) -> int:
         """The inverse of `row_bytes`."""
-        if self.kind == "nvfp4":
-            return (row_bytes - WORD) * 16 // 9
+        if self.kind == "nvfp4":  # four groups take nine words; one of them alone three, two five, three seven
+            wholes, rest = divmod((row_bytes - WORD) // WORD, 9)
+            return GROUP * (4 * wholes + rest // 2)
         return (row_bytes - WORD) * 8 // self.bits
 
     def rotated(self, x: Tensor) -> Tensor:
@@ -114,9 +120,7 @@ class Packing:
     def unpack(self, rows: Tensor) -> Tensor:
         """The vectors (fp32 [..., D], still rotated) of rows uint8 [..., row_bytes]."""
         channels = self.channels(rows.shape[-1])
-        codes, word, steps = rows.split(
-            [self.code_bytes(channels), WORD, rows.shape[-1] - self.code_bytes(channels) - WORD], -1
-        )
+        codes, word, steps = rows.split([self.code_bytes(channels), WORD, self.step_bytes(channels)], -1)
         # `contiguous` keeps a single row's odd stride, which `view` refuses
         word = word.clone(memory_format=torch.contiguous_format)
         scale, offset = word.view(torch.bfloat16).float().unbind(-1)
@@ -125,7 +129,7 @@ class Packing:
             return code.float() * scale[..., None] + offset[..., None]
         if self.kind == "fp8":
             return ELEMENTS["e4m3"].decode(code) * scale[..., None]
-        unit = ELEMENTS["e4m3"].decode(steps) * scale[..., None]
+        unit = ELEMENTS["e4m3"].decode(steps[..., : channels // GROUP]) * scale[..., None]
         return (ELEMENTS["e2m1"].decode(code).unflatten(-1, (-1, GROUP)) * unit[..., None]).flatten(-2)
 
     def _packed(self, y: Tensor) -> Tensor:
@@ -146,7 +150,9 @@ class Packing:
             steps = ELEMENTS["e4m3"].encode(wanted)
             code = ELEMENTS["e2m1"].encode(grouped / (ELEMENTS["e4m3"].decode(steps) * scale)[..., None]).flatten(-2)
         word = torch.cat((scale, offset), -1).bfloat16().view(torch.uint8)
-        parts = [_joined(code.to(torch.uint8), self.bits), word, *([] if steps is None else [steps])]
+        parts = [_joined(code.to(torch.uint8), self.bits), word]
+        if steps is not None:
+            parts.append(functional.pad(steps.to(torch.uint8), (0, self.step_bytes(y.shape[-1]) - steps.shape[-1])))
         return torch.cat(parts, -1)
 
 
@@ -183,17 +189,16 @@ def hadamard_blocks(x: Tensor, order: int) -> Tensor:
     return x
 
 
-def pages_of(pages: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-    """(codes [P, H, page, code bytes], what follows [P, H, page, rest]), views of pages uint8 [P, H, page, row bytes].
+def pages_of(pages: Tensor, packing: Packing) -> tuple[Tensor, ...]:
+    """(codes, words of scale and offset, nvfp4's scales) [P, H, page, their bytes], views of pages uint8 [P, H, page,
+    row bytes].
 
-    Inside a page the codes of all its tokens stand first, so that they are aligned, and then of each token the word
-    and nvfp4's scales.
+    Inside a page the codes of all its tokens stand first, so that they are aligned, then all words, then all scales.
     """
-    count, heads, page, row = pages.shape
-    first = packing.code_bytes(packing.channels(row))
-    flat = pages.view(count, heads, page * row)
-    codes = flat[..., : page * first].view(count, heads, page, first)
-    return codes, flat[..., page * first :].view(count, heads, page, row - first)
+    channels = packing.channels(pages.shape[3])
+    bytes_ = [packing.code_bytes(channels), WORD, packing.step_bytes(channels)]
+    parts = pages.view(*pages.shape[:2], -1).split([pages.shape[2] * n for n in bytes_], 2)
+    return tuple(part.unflatten(2, (pages.shape[2], n)) for part, n in zip(parts, bytes_, strict=True) if n)
 
 
 @functools.cache

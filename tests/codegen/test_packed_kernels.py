@@ -79,6 +79,7 @@ BF16 = torch.bfloat16
         ("int4-h16", "int4-h32", 1),
         ("int8", "int8-h64", 3),
         ("fp8-h8", "fp8", 1),
+        ("nvfp4-h16", "nvfp4", 3),
     ],
 )
 def test_packings(keys: str, values: str, splits: int) -> None:
@@ -100,6 +101,8 @@ def test_packings(keys: str, values: str, splits: int) -> None:
 def test_features(case: Case) -> None:
     decoded(case, 2, "int4-h16", "int4")
     decoded(case, 1, "int8-h8", "fp8-h8")
+    if case.dims[1] % 16 == 0:
+        decoded(case, 1, "nvfp4-h16", "nvfp4")
 
 
 def prefilled(case: Case, counts: tuple[int, ...], keys: str, values: str) -> None:
@@ -151,7 +154,7 @@ def test_edge_rows_have_the_op_s_bytes() -> None:
     rows[4, 3], rows[5, 2], rows[6, 1] = 1e30, torch.inf, -torch.inf
     x, q = rows.bfloat16()[:, None], torch.zeros(8, 1, 16, dtype=BF16)
     none, sizes = torch.zeros(1), torch.tensor([1, 1, 16, 16])
-    for keys, values in (("fp8", "int4"), ("int8", "fp8"), ("int4", "int8")):
+    for keys, values in (("fp8", "int4"), ("int8", "fp8"), ("int4", "nvfp4")):
         how = Packing.parse(keys), Packing.parse(values)
         pages = [torch.zeros(2, 1, 4, h.row_bytes(16), dtype=torch.uint8) for h in how]
         want = [kv_write(p, x.transpose(0, 1)[None], torch.arange(8), str(h)) for p, h in zip(pages, how, strict=True)]
@@ -168,7 +171,9 @@ def test_edge_rows_have_the_op_s_bytes() -> None:
             assert not torch.isfinite(mine[5:7]).all(1).any()
 
 
-@pytest.mark.parametrize(("keys", "values"), [("int4-h64", "int4"), ("int4-h16", "int8-h32"), ("fp8", "int4-h64")])
+@pytest.mark.parametrize(
+    ("keys", "values"), [("int4-h64", "int4"), ("int4-h16", "int8-h32"), ("fp8", "nvfp4-h64"), ("nvfp4", "int4")]
+)
 def test_prompts(keys: str, values: str) -> None:
     prefilled(Case((0, 5, 40), dtype=BF16), (20, 1, 33), keys, values)
 
@@ -183,3 +188,4 @@ def test_prompts(keys: str, values: str) -> None:
 )
 def test_features_of_prompts(case: Case) -> None:
     prefilled(case, (18, 3), "int4-h16", "int4")
+    prefilled(case, (18, 3), "nvfp4", "nvfp4-h16")

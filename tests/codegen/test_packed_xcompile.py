@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xcompile
 
 LOADS = (("LOAD_Q", "load_q"), ("LOAD_K", "load_k"), ("LOAD_V", "load_v"))
 SETTINGS = {"SCALE": 0.125, "WINDOW": 0, "SOFTCAP": 0.0}
-PACKINGS = (("int4", 128, "int4", 64), ("int8", 1, "fp8", 1))
+PACKINGS = (("int4", 128, "int4", 64), ("int8", 1, "fp8", 1), ("nvfp4", 1, "nvfp4", 1))
 
 
 def kernel(
@@ -64,7 +64,7 @@ def prompts(config: dict[str, Any], packing: tuple[Any, ...]) -> Kernel:
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 def test_every_isa(isa: str, packing: tuple[Any, ...]) -> None:
     target = Target.parse(f"cuda:{isa}")
-    shape = {**SHAPE, "N": 1, "BITS": 4 if packing[0] == "int4" else 8}
+    shape = {**SHAPE, "N": 1, "INT4": packing[0] == "int4"}
     first = decode_packed.configs(shape, "bfloat16", target)[0]
     made = [decoding(target, first, packing)]
     if isa in ("sm_80", "sm_90"):
@@ -83,7 +83,7 @@ def test_near_tokens_take_no_more_registers_than_there_are(
     isa: str, packing: tuple[Any, ...], first: int, recent: int
 ) -> None:
     target = Target.parse(f"cuda:{isa}")
-    shape = {**SHAPE, "N": 1, "BITS": 4 if packing[0] == "int4" else 8}
+    shape = {**SHAPE, "N": 1, "INT4": packing[0] == "int4"}
     config = decode_packed.configs(shape, "bfloat16", target)[0]
     kernel = decoding(target, config, packing, FIRST=first, RECENT=recent)
     assert cubin.compile_kernel(kernel, target).spills == 0
@@ -92,7 +92,7 @@ def test_near_tokens_take_no_more_registers_than_there_are(
 def test_a_wgmma_over_near_values_reads_them_from_shared_memory() -> None:
     """From registers it would have to be drained (`paged.drain`). So many heads have four warps, which can do it."""
     target, heads = Target.parse("cuda:sm_90"), {"HQ": 64, "HKV": 2}
-    config = decode_packed.configs({**SHAPE, **heads, "N": 1, "BITS": 4}, "bfloat16", target)[0]
+    config = decode_packed.configs({**SHAPE, **heads, "N": 1, "INT4": 1}, "bfloat16", target)[0]
     made = [
         "\n".join(
             instructions(cubin.compile_kernel(decoding(target, config, PACKINGS[0], **heads, **near), target).data)
@@ -107,7 +107,7 @@ def test_a_wgmma_over_near_values_reads_them_from_shared_memory() -> None:
 def test_a_tile_reaches_the_tensor_cores_without_moving_between_lanes() -> None:
     """Two bits of arithmetic a code: with the softmax at most 30 instructions a key of 256 codes and warp."""
     target = Target.parse("cuda:sm_90")
-    for config in decode_packed.configs({**SHAPE, "N": 1, "BITS": 4}, "bfloat16", target)[:3]:
+    for config in decode_packed.configs({**SHAPE, "N": 1, "INT4": 1}, "bfloat16", target)[:3]:
         made = cubin.compile_kernel(decoding(target, config, PACKINGS[0]), target)
         counted = names(loop(instructions(made.data)))
         assert made.spills == 0, config
@@ -118,6 +118,6 @@ def test_a_tile_reaches_the_tensor_cores_without_moving_between_lanes() -> None:
 
 def test_codes_come_by_copies_of_16_bytes() -> None:
     target = Target.parse("cuda:sm_90")
-    config = decode_packed.configs({**SHAPE, "N": 1, "BITS": 4}, "bfloat16", target)[0]
+    config = decode_packed.configs({**SHAPE, "N": 1, "INT4": 1}, "bfloat16", target)[0]
     text = "\n".join(instructions(cubin.compile_kernel(decoding(target, config, PACKINGS[0]), target).data))
     assert len(re.findall(r"LDGSTS\.E\.(?:\w+\.)*128", text)) >= 8

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 from functools import cache
 
+import attention_cases as cases
 import pytest
 import torch
 from gpu_models import ragged
 from interpreted import rounding
 from lowbit_steps import Case, by_reference, errors, lowered
 
+from llmopt.codegen.templates import write_packed
+from llmopt.compiler.ops.attention import kv_write
+from llmopt.compiler.quant.kv import KINDS, Packing
 from llmopt.runtime.engine import SamplingParams
 from llmopt.runtime.session import Session, open_session
 
@@ -21,6 +25,7 @@ CASES = (
     Case("int4-kv", "", WIDE),
     Case("int8-kv", "", WIDE),
     Case("fp8-kv", "", (("head_dim", 48),)),
+    Case("nvfp4-kv", "", (("head_dim", 80),)),
 )
 
 
@@ -41,7 +46,7 @@ def check(case: Case, session: Session) -> None:
 
 
 @pytest.mark.interp
-@pytest.mark.parametrize("case", CASES[::2], ids=lambda c: c.recipe)
+@pytest.mark.parametrize("case", CASES[::3], ids=lambda c: c.recipe)
 def test_logits_are_as_near_to_fp64_as_the_reference_s(case: Case) -> None:
     *_, code = lowered(case)
     for shape, kernels in (("1", ["decode_packed"]), ("many", ["write_packed", "prefill_attention"])):
@@ -60,6 +65,30 @@ def test_a_gpu_s_logits_are_as_near_to_fp64(case: Case) -> None:
     check(case, session)
     made = session.engine.generate(ragged(5, 9), SamplingParams(max_new_tokens=6))
     assert made == session.engine.generate(ragged(5, 9), SamplingParams(max_new_tokens=6))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("order", [1, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_stores_the_bytes_of_the_op(kind: str, order: int) -> None:
+    """Whose divisions are torch's; of vectors of any size."""
+    packing, make = Packing(kind, order), torch.Generator("cuda").manual_seed(3)
+    x = torch.randn(4096, 8, 128, generator=make, device="cuda")
+    x = (x * 2.0 ** torch.randint(-90, 90, (4096, 8, 1), generator=make, device="cuda")).bfloat16()
+    x[:8, 0] = torch.tensor([0.0, -7.25, 1e30, 2.0**-120, -(2.0**-101), 3e-39, 448.0, -0.0], device="cuda")[:, None]
+    pages = torch.zeros(256, 8, 16, packing.row_bytes(128), dtype=torch.uint8, device="cuda")
+    want = kv_write(pages, x.transpose(0, 1)[None], torch.arange(4096, device="cuda"), str(packing))
+    for parts in (1, 3):
+        k_pages, v_pages, none = pages.clone(), pages.clone(), torch.zeros(1, device="cuda")
+        write_packed.write_packed[(4096, 8, parts)](
+            torch.empty_like(x), None, None, k_pages, v_pages, torch.arange(4096, device="cuda"), x, none, none, x, x,
+            torch.tensor([8, 8, 128, 128], device="cuda"), HQ=8, HKV=8, D=128, DV=128, PAGE=16, LOAD_Q=cases.plain_q,
+            LOAD_K=cases.plain_k, LOAD_V=cases.plain_v, K_KIND=kind, K_ORDER=order, V_KIND=kind, V_ORDER=order,
+            PDL=False, num_warps=1,
+        )  # fmt: skip
+        assert torch.equal(k_pages, want)
+        assert torch.equal(v_pages, want)
 
 
 @pytest.mark.gpu
