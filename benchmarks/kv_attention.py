@@ -38,6 +38,7 @@ PACKINGS = ("int4-h128/int4", "int4/int4", "int4-h16/int4", "int4-h128/int4-h128
             "nvfp4/nvfp4")  # fmt: skip
 MOST = 0.02  # error of the largest value
 LAYERS = 4  # launches a graph
+WRITES = 64  # the same of writes, which are short
 
 
 def name_of(config: Mapping[str, Any], splits: int) -> str:
@@ -126,12 +127,12 @@ def write_case(tokens: int, packings: list[str]) -> dict[str, Any]:
     plain = Decode(LLAMA, tokens, 64, 16)
     made = {packing: PackedDecode(plain, *packing.split("/")) for packing in packings}
     runs: dict[str, Callable[[], object]] = {
-        packing: lambda case=case: [case.write(False) for _ in range(8)] for packing, case in made.items()
+        packing: lambda case=case: [case.write(False) for _ in range(WRITES)] for packing, case in made.items()
     }
     first = next(iter(made.values()))
     # as they are, whichever way is the faster
-    plain = {f"plain {few}": lambda few=few: [first.write(True, few) for _ in range(8)] for few in (False, True)}
-    us = times({**plain, **runs}, 8, 12)
+    plain = {f"plain {few}": lambda few=few: [first.write(True, few) for _ in range(WRITES)] for few in (False, True)}
+    us = times({**plain, **runs}, WRITES, 12)
     return {"tokens": tokens, "us": {"plain": min(us[name] for name in plain), **{name: us[name] for name in runs}}}
 
 

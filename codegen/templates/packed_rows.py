@@ -63,8 +63,9 @@ def hadamard(x, ORDER: tl.constexpr):
         pairs = tl.reshape(x, [R, D // (2 << stage), 2, 1 << stage])
         bits = pairs.to(tl.int32, bitcast=True)
         other = (tl.xor_sum(bits, 2, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
-        second = tl.arange(0, 2)[None, None, :, None] == 1
-        x = tl.reshape(tl.where(second, other - pairs, pairs + other), [R, D])
+        # one instruction for sums and differences, whose product is exact
+        sign = tl.where(tl.arange(0, 2) == 1, -1.0, 1.0)[None, None, :, None]
+        x = tl.reshape(tl.fma(pairs, tl.broadcast_to(sign, pairs.shape), other), [R, D])
     return x
 
 
@@ -98,12 +99,32 @@ def _floored(scale):
 
 
 @triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _ends(y):
+    # least and largest of each row, NaN where one is, over which Triton's own pass
+    if INTERPRETED:  # which takes other reductions apart, number by number
+        bad = tl.max(tl.where(y != y, 1, 0), 1) > 0
+        return tl.where(bad, float("nan"), tl.min(y, 1)), tl.where(bad, float("nan"), tl.max(y, 1))
+    else:
+        return tl.reduce(y, 1, _smaller), tl.reduce(y, 1, _larger)
+
+
+@triton.jit
 def _inverse(x):
     # 1 / x to the nearest, of normal x of at most 12 significant bits whose inverse is normal, too
     if INTERPRETED:
         return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
     else:
-        near = tl.inline_asm_elementwise("rcp.approx.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+        near = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
         return tl.fma(near, tl.fma(-x, near, 1.0), near)
 
 
@@ -132,8 +153,8 @@ def rounded(y, d, KIND: tl.constexpr, D: tl.constexpr):
     Codes of nvfp4 have the scale of their group in bits 8 to 14.
     """
     real = d < D
-    least = tl.min(tl.where(real, y, float("inf")), 1)
-    most = tl.max(tl.where(real, y, float("-inf")), 1)
+    least, _ = _ends(tl.where(real, y, float("inf")) if y.shape[1] != D else y)
+    _, most = _ends(tl.where(real, y, float("-inf")) if y.shape[1] != D else y)
     if KIND == "fp8":
         offset = tl.zeros(most.shape, tl.float32)
         scale = _floored(_by(tl.maximum(most, -least), 448.0))
@@ -156,10 +177,9 @@ def rounded(y, d, KIND: tl.constexpr, D: tl.constexpr):
         offset = _bf16(least)
         scale = _floored(_by(most - offset, LEVELS))
         units = divided(y - offset[:, None], scale[:, None], _inverse(scale)[:, None])
-        # beside 1.5 * 2**23 a float32 has room for whole numbers only, and rounds ties to even
-        codes = (tl.minimum(tl.maximum(units, 0.0), LEVELS) + 12582912.0 - 12582912.0).to(tl.int32)
-    # minima and maxima pass over NaN
-    scale = tl.where(tl.max(tl.where(real & (y != y), 1, 0), 1) > 0, float("nan"), scale)
+        # beside 1.5 * 2**23 a float32 has room for whole numbers only, in its last bits, and rounds ties to even
+        held = tl.minimum(tl.maximum(units, 0.0), LEVELS) + 12582912.0
+        codes = held.to(tl.int32, bitcast=True) & LEVELS
     return tl.where(real, codes, 0), scale, offset
 
 

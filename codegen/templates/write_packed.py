@@ -17,7 +17,7 @@ from llmopt.codegen.templates.packed_rows import numbers, rotated, rounded, stor
 from llmopt.compiler.emittable import why_no_attention
 from llmopt.compiler.target import Target
 
-FEW = 64  # tokens whose keys, values and queries have programs of their own
+FEW = 32  # tokens whose keys, values and queries have programs of their own
 
 
 @triton.jit

@@ -138,15 +138,15 @@ class Packing:
         if self.kind in ("int4", "int8"):
             levels = 2.0**self.bits - 1
             offset = _bf16(least)
-            scale = _floored((most - offset) / levels)
+            scale = _floored(_divided(most - offset, levels))
             code = ((y - offset) / scale).clamp(0, levels).round()
         elif self.kind == "fp8":
-            scale = _floored(torch.maximum(most, -least) / 448.0)
+            scale = _floored(_divided(torch.maximum(most, -least), 448.0))
             code = ELEMENTS["e4m3"].encode(y / scale)
         else:
-            scale = _floored(torch.maximum(most, -least) / (448.0 * 6.0))
+            scale = _floored(_divided(torch.maximum(most, -least), 448.0 * 6.0))
             grouped = y.unflatten(-1, (-1, GROUP))
-            wanted = (grouped.abs().amax(-1) / 6.0 / scale).clamp(min=2.0**-9)
+            wanted = (_divided(grouped.abs().amax(-1), 6.0) / scale).clamp(min=2.0**-9)
             steps = ELEMENTS["e4m3"].encode(wanted)
             code = ELEMENTS["e2m1"].encode(grouped / (ELEMENTS["e4m3"].decode(steps) * scale)[..., None]).flatten(-2)
         word = torch.cat((scale, offset), -1).bfloat16().view(torch.uint8)
@@ -214,6 +214,11 @@ def signs_of(channels: int) -> tuple[int, ...]:
 
 def _bf16(x: Tensor) -> Tensor:
     return x.bfloat16().float()
+
+
+def _divided(x: Tensor, by: float) -> Tensor:
+    # by a tensor of x's device: by a number torch on a GPU multiplies with its inverse, which is not the same
+    return x / x.new_full((), by)
 
 
 def _floored(scale: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from lowbit_steps import Case, by_reference, errors, lowered
 
 from llmopt.codegen.templates import write_packed
 from llmopt.compiler.ops.attention import kv_write
-from llmopt.compiler.quant.kv import KINDS, Packing
+from llmopt.compiler.quant.kv import KINDS, Packing, pages_of
 from llmopt.runtime.engine import SamplingParams
 from llmopt.runtime.session import Session, open_session
 
@@ -67,28 +67,39 @@ def test_a_gpu_s_logits_are_as_near_to_fp64(case: Case) -> None:
     assert made == session.engine.generate(ragged(5, 9), SamplingParams(max_new_tokens=6))
 
 
+def stored(x: torch.Tensor, packing: Packing, parts: int) -> list[torch.Tensor]:
+    """Pages of x [N, H, D] as keys and as values, by the kernel."""
+    count, heads, size = x.shape
+    pages = [
+        torch.zeros(count // 16, heads, 16, packing.row_bytes(size), dtype=torch.uint8, device="cuda") for _ in "kv"
+    ]
+    none, sizes = torch.zeros(1, device="cuda"), torch.tensor([heads, heads, size, size], device="cuda")
+    write_packed.write_packed[(count, heads, parts)](
+        torch.empty_like(x), None, None, *pages, torch.arange(count, device="cuda"), x, none, none, x, x, sizes,
+        HQ=heads, HKV=heads, D=size, DV=size, PAGE=16, LOAD_Q=cases.plain_q, LOAD_K=cases.plain_k, LOAD_V=cases.plain_v,
+        K_KIND=packing.kind, K_ORDER=packing.order, V_KIND=packing.kind, V_ORDER=packing.order, PDL=False, num_warps=1,
+    )  # fmt: skip
+    return pages
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("order", [1, 128])
+@pytest.mark.parametrize(("size", "order"), [(128, 1), (128, 128), (80, 16)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_stores_the_bytes_of_the_op(kind: str, order: int) -> None:
-    """Whose divisions are torch's; of vectors of any size."""
+def test_a_gpu_stores_the_bytes_of_the_op(kind: str, size: int, order: int) -> None:
+    """Of vectors of any magnitude, constant ones and zeros; what is not finite stays so."""
     packing, make = Packing(kind, order), torch.Generator("cuda").manual_seed(3)
-    x = torch.randn(4096, 8, 128, generator=make, device="cuda")
-    x = (x * 2.0 ** torch.randint(-90, 90, (4096, 8, 1), generator=make, device="cuda")).bfloat16()
+    x = torch.randn(8192, 8, size, generator=make, device="cuda")
+    x = (x * 2.0 ** torch.randint(-90, 90, (8192, 8, 1), generator=make, device="cuda")).bfloat16()
     x[:8, 0] = torch.tensor([0.0, -7.25, 1e30, 2.0**-120, -(2.0**-101), 3e-39, 448.0, -0.0], device="cuda")[:, None]
-    pages = torch.zeros(256, 8, 16, packing.row_bytes(128), dtype=torch.uint8, device="cuda")
-    want = kv_write(pages, x.transpose(0, 1)[None], torch.arange(4096, device="cuda"), str(packing))
+    pages = torch.zeros(512, 8, 16, packing.row_bytes(size), dtype=torch.uint8, device="cuda")
+    want = kv_write(pages, x.transpose(0, 1)[None], torch.arange(8192, device="cuda"), str(packing))
     for parts in (1, 3):
-        k_pages, v_pages, none = pages.clone(), pages.clone(), torch.zeros(1, device="cuda")
-        write_packed.write_packed[(4096, 8, parts)](
-            torch.empty_like(x), None, None, k_pages, v_pages, torch.arange(4096, device="cuda"), x, none, none, x, x,
-            torch.tensor([8, 8, 128, 128], device="cuda"), HQ=8, HKV=8, D=128, DV=128, PAGE=16, LOAD_Q=cases.plain_q,
-            LOAD_K=cases.plain_k, LOAD_V=cases.plain_v, K_KIND=kind, K_ORDER=order, V_KIND=kind, V_ORDER=order,
-            PDL=False, num_warps=1,
-        )  # fmt: skip
-        assert torch.equal(k_pages, want)
-        assert torch.equal(v_pages, want)
+        assert all(torch.equal(got, want) for got in stored(x, packing, parts))
+    x[9, 1, 5], x[10, 2, size - 1], x[11, 3, 0] = torch.nan, -torch.inf, torch.inf
+    for got in stored(x, packing, 1):
+        rows = packing.unpack(torch.cat(pages_of(got, packing), -1)).transpose(1, 2).flatten(0, 1)
+        assert (~torch.isfinite(rows).all(2)).nonzero().tolist() == [[9, 1], [10, 2], [11, 3]]
 
 
 @pytest.mark.gpu
