@@ -75,9 +75,9 @@ class PackedDecode:
             **constants(heads, case.page, config), **kinds(*self.how),
         )  # fmt: skip
 
-    def write(self, plain: bool, few: bool | None = None) -> None:
-        """The tokens' queries, keys and values prepared and stored: packed, or as they are; as for few tokens or for
-        many, where `few` says which."""
+    def write(self, plain: bool, parts: int | None = None) -> None:
+        """The tokens' queries, keys and values prepared and stored: packed, or as they are; by `parts` programs for
+        each key/value head, or by as many as the template has for so many tokens."""
         case, heads = self.plain, self.plain.heads
         config = write_packed.configs({**heads.shape, "PAGE": case.page}, "bfloat16", H200)[0]
         made = constants(heads, case.page, config)
@@ -85,8 +85,7 @@ class PackedDecode:
         how = {"K_KIND": "", "K_ORDER": 1, "V_KIND": "", "V_ORDER": 1} if plain else kinds(*self.how)
         pages = (case.k[0], case.v[0]) if plain else (self.k, self.v)
         grid = tuple(evaluate(size, {"N": case.batch}) for size in write_packed.grid(heads.shape, config))
-        if few is not None:
-            grid = *grid[:2], 3 if few else 1
+        grid = *grid[:2], parts or grid[2]
         write_packed.write_packed[grid](
             self.out, None, None, *pages, case.slots, case.qkv, case.cos, case.sin, *case.norms, None, **left, **how
         )

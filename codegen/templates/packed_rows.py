@@ -174,7 +174,7 @@ def rounded(y, d, KIND: tl.constexpr, D: tl.constexpr):
         codes = tl.reshape(codes, y.shape)
     else:
         LEVELS: tl.constexpr = (1 << bits_of(KIND)) - 1
-        offset = _bf16(least)
+        offset = _bf16(least) + 0.0  # no zero below zero
         scale = _floored(_by(most - offset, LEVELS))
         units = divided(y - offset[:, None], scale[:, None], _inverse(scale)[:, None])
         # beside 1.5 * 2**23 a float32 has room for whole numbers only, in its last bits, and rounds ties to even

@@ -18,6 +18,7 @@ from llmopt.compiler.emittable import why_no_attention
 from llmopt.compiler.target import Target
 
 FEW = 32  # tokens whose keys, values and queries have programs of their own
+FEWEST = 16  # those of which each query has one
 
 
 @triton.jit
@@ -58,12 +59,12 @@ def write_packed(
 ):  # fmt: skip
     """Token n = program_id(0), key/value head h = program_id(1): q_out [N, HQ, D], rotated with blocks of K_ORDER;
     k_out [N, HKV, D] and v_out [N, HKV, DV] or None, the keys still rotated; pages as `decode_packed` reads them, or
-    plain where the kind is "". Grid (N, HKV, 3), of a program for keys, one for values and one for queries, or
-    (N, HKV, 1).
+    plain where the kind is "". Grid (N, HKV, 1), or (N, HKV, 3): programs for keys, for values and for queries, or
+    (N, HKV, 2 + HQ // HKV), where each query has its own.
     """
     G: tl.constexpr = HQ // HKV
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    part, whole = tl.program_id(2), tl.num_programs(2) == 1
+    part, parts = tl.program_id(2), tl.num_programs(2)
     d = tl.arange(0, max(16, triton.next_power_of_2(D)))[None, :]
     dv = tl.arange(0, max(16, triton.next_power_of_2(DV)))[None, :]
     g = tl.arange(0, triton.next_power_of_2(G))
@@ -74,7 +75,7 @@ def write_packed(
     one = tl.zeros([1, 1], tl.int32)
     head = (h * G + g)[:, None]
     ok = (g < G)[:, None] & (d < D)
-    if whole:  # loads first, so that what is computed of one hides what another waits for
+    if parts == 1:  # loads first, so that what is computed of one hides what another waits for
         k = LOAD_K(n, h, one + d, d < D, e0, e1, e2, e3, e4, e5)
         v = LOAD_V(n, h, one + dv, dv < DV, e0, e1, e2, e3, e4, e5)
         q = LOAD_Q(n, head, d, ok, e0, e1, e2, e3, e4, e5)
@@ -87,14 +88,19 @@ def write_packed(
     elif part == 1:
         v = LOAD_V(n, h, one + dv, dv < DV, e0, e1, e2, e3, e4, e5)
         _write(v_pages, v_out, v, dv, slot, n, h, V_KIND, V_ORDER, HKV, DV, PAGE, True)
-    else:
+    elif parts == 3:
         q = LOAD_Q(n, head, d, ok, e0, e1, e2, e3, e4, e5)
         _write_queries(q_out, q, d, ok, n, head, K_ORDER, HQ, D)
+    else:
+        own = one + (h * G + part - 2)
+        alone = LOAD_Q(n, own, d, d < D, e0, e1, e2, e3, e4, e5)
+        _write_queries(q_out, alone, d, d < D, n, own, K_ORDER, HQ, D)
 
 
 def grid(shape: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int | str, ...]:
     """Programs of a launch, as sizes of `codegen.kernel`: few tokens wait for what one program does one by one."""
-    return ("N", shape["HKV"], f"1 + 2 * (1 // cdiv(N, {FEW}))")
+    more = shape["HQ"] // shape["HKV"] - 1
+    return ("N", shape["HKV"], f"1 + 2 * (1 // cdiv(N, {FEW})) + {more} * (1 // cdiv(N, {FEWEST}))")
 
 
 def supports(shape: Mapping[str, int], dtype: str, target: Target) -> str | None:

@@ -137,7 +137,7 @@ class Packing:
         offset, steps = torch.zeros_like(least), None
         if self.kind in ("int4", "int8"):
             levels = 2.0**self.bits - 1
-            offset = _bf16(least)
+            offset = _bf16(least) + 0.0  # of two zeros it is open which is the least
             scale = _floored(_divided(most - offset, levels))
             code = ((y - offset) / scale).clamp(0, levels).round()
         elif self.kind == "fp8":

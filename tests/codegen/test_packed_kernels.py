@@ -123,7 +123,7 @@ def prefilled(case: Case, counts: tuple[int, ...], keys: str, values: str) -> No
     )[0].transpose(0, 1)  # fmt: skip
     k_how, v_how = Packing.parse(keys), Packing.parse(values)
     none = torch.zeros(1)
-    for parts in (3, 1):
+    for parts in (2 + hq // hkv, 3, 1):
         turned, k_out, v_out = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         k_pages, v_pages = (p.clone() for p in pages)
         write.write_packed[(n, hkv, parts)](

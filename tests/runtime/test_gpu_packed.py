@@ -94,7 +94,7 @@ def test_a_gpu_stores_the_bytes_of_the_op(kind: str, size: int, order: int) -> N
     x[:8, 0] = torch.tensor([0.0, -7.25, 1e30, 2.0**-120, -(2.0**-101), 3e-39, 448.0, -0.0], device="cuda")[:, None]
     pages = torch.zeros(512, 8, 16, packing.row_bytes(size), dtype=torch.uint8, device="cuda")
     want = kv_write(pages, x.transpose(0, 1)[None], torch.arange(8192, device="cuda"), str(packing))
-    for parts in (1, 3):
+    for parts in (1, 3):  # of one head each
         assert all(torch.equal(got, want) for got in stored(x, packing, parts))
     x[9, 1, 5], x[10, 2, size - 1], x[11, 3, 0] = torch.nan, -torch.inf, torch.inf
     for got in stored(x, packing, 1):
