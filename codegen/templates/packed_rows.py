@@ -99,23 +99,18 @@ def _floored(scale):
 
 
 @triton.jit
-def _smaller(a, b):
-    return tl.minimum(a, b, tl.PropagateNan.ALL)
+def _order(bits):
+    # of floats' bits integers that are ordered as they are, and back; NaN comes first or last by its sign
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _ends(y):
-    # least and largest of each row, NaN where one is, over which Triton's own pass
-    if INTERPRETED:  # which takes other reductions apart, number by number
-        bad = tl.max(tl.where(y != y, 1, 0), 1) > 0
-        return tl.where(bad, float("nan"), tl.min(y, 1)), tl.where(bad, float("nan"), tl.max(y, 1))
-    else:
-        return tl.reduce(y, 1, _smaller), tl.reduce(y, 1, _larger)
+def _ends(y, real):
+    # least and largest of each row, one of them NaN where one is: as integers, which a warp reduces in one instruction
+    order = _order(y.to(tl.int32, bitcast=True))
+    least = _order(tl.min(tl.where(real, order, 0x7FFFFFFF), 1)).to(tl.float32, bitcast=True)
+    most = _order(tl.max(tl.where(real, order, -0x80000000), 1)).to(tl.float32, bitcast=True)
+    return least, most
 
 
 @triton.jit
@@ -153,18 +148,17 @@ def rounded(y, d, KIND: tl.constexpr, D: tl.constexpr):
     Codes of nvfp4 have the scale of their group in bits 8 to 14.
     """
     real = d < D
-    least, _ = _ends(tl.where(real, y, float("inf")) if y.shape[1] != D else y)
-    _, most = _ends(tl.where(real, y, float("-inf")) if y.shape[1] != D else y)
+    least, most = _ends(y, real)
     if KIND == "fp8":
         offset = tl.zeros(most.shape, tl.float32)
-        scale = _floored(_by(tl.maximum(most, -least), 448.0))
+        scale = _floored(_by(tl.maximum(most, -least, tl.PropagateNan.ALL), 448.0))
         units = divided(y, scale[:, None], _inverse(scale)[:, None])
         codes = encoded(nearest(units, "e4m3"), "e4m3")
     elif KIND == "nvfp4":
         GROUPS: tl.constexpr = y.shape[1] // _GROUP
         grouped = tl.reshape(y, [y.shape[0] * GROUPS, _GROUP])
         offset = tl.zeros(most.shape, tl.float32)
-        scale = _floored(_by(tl.maximum(most, -least), 2688.0))
+        scale = _floored(_by(tl.maximum(most, -least, tl.PropagateNan.ALL), 2688.0))
         each = tl.reshape(tl.broadcast_to(scale[:, None], [y.shape[0], GROUPS]), [y.shape[0] * GROUPS])
         step = divided(_by(tl.max(tl.abs(grouped), 1), 6.0), each, _inverse(each))
         step = encoded(nearest(tl.maximum(step, 0.5**9), "e4m3"), "e4m3")

@@ -18,7 +18,7 @@ from llmopt.compiler.emittable import why_no_attention
 from llmopt.compiler.target import Target
 
 FEW = 32  # tokens whose keys, values and queries have programs of their own
-FEWEST = 16  # those of which each query has one
+FEWEST = 8  # those of which each query has one
 
 
 @triton.jit
