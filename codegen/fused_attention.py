@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx
@@ -22,7 +21,7 @@ from llmopt.codegen.fused_region import (
 )
 from llmopt.codegen.kernel import FRESH, PAGED, Buffer, Call, Scalar
 from llmopt.codegen.printer import Operands
-from llmopt.compiler.emittable import attention_shape, keeps_order, near_of, packings_of, puts_tokens_first
+from llmopt.compiler.emittable import argument, attention_shape, keeps_order, near_of, packings_of, puts_tokens_first
 from llmopt.compiler.errors import EmitError
 from llmopt.compiler.quant.kv import Packing
 
@@ -40,11 +39,11 @@ def _common(region: FusedRegion, attend: fx.Node) -> tuple[list[Argument], Argum
         ("v_pages", type_of(v_write), region.argument(v_write.args[0])),  # type: ignore[arg-type, union-attr]
         ("tables", "*i64", region.argument(tables)),  # type: ignore[arg-type]
     ]
-    sinks, scale, window, softcap = attend.args[6:10]
+    sinks, scale, window, softcap = (argument(attend, name, None) for name in ("sinks", "scale", "window", "softcap"))
     sunk: Argument = ("sinks", None, None)
     if isinstance(sinks, fx.Node):
         sunk = ("sinks", type_of(sinks), region.argument(sinks))
-    constants: dict[str, Scalar] = {"SCALE": float(scale), "WINDOW": int(window), "SOFTCAP": float(softcap)}  # type: ignore[arg-type]
+    constants: dict[str, Scalar] = {"SCALE": float(scale), "WINDOW": int(window), "SOFTCAP": float(softcap)}
     return (
         paged,
         sunk,
@@ -186,12 +185,13 @@ def _many_near(region: FusedRegion, attend: fx.Node) -> None:
     region.rows(made, "N", by_token=tuple(given))  # type: ignore[arg-type]
     pages = [region.argument(n.args[0]) for n in writes]  # type: ignore[union-attr, arg-type]
     ahead = [region.argument(n) for n in (*attend.args[3:6], write.args[2])]  # type: ignore[union-attr, arg-type]
-    sinks = region.argument(attend.args[6]) if isinstance(attend.args[6], fx.Node) else None
+    sunk = argument(attend, "sinks", None)
+    sinks = None if sunk is None else region.argument(sunk)
     out = f"out{_place_of(region, attend)}"
     names = ("scale", "window", "softcap", "k_packing", "v_packing", "first", "recent")
-    settings: Any = (*attend.args[7:12], *near_of(attend))
     args = (*(made[n] for n in given), *pages, *ahead, sinks, out)
-    region.calls.append(Call(args, op="attend_near", constants=tuple(zip(names, settings, strict=True))))
+    settings = tuple((name, argument(attend, name, None)) for name in names)
+    region.calls.append(Call(args, op="attend_near", constants=settings))
     region.notes.append("torch attends to prompts, unpacking what they see, since some tokens are seen as they are")
 
 

@@ -192,8 +192,9 @@ def why_no_near(attend: fx.Node) -> str | None:
     """
     if op_name(attend) != "attend_near":
         return None
-    for pages, x in zip(attend.args[1:3], attend.args[12:14], strict=True):
-        value, (_, _, page, row) = x.meta["val"], pages.meta["val"].shape  # type: ignore[union-attr]
+    for letter in "kv":
+        pages, x = argument(attend, f"{letter}_pages", None), argument(attend, letter, None)
+        value, (_, _, page, row) = x.meta["val"], pages.meta["val"].shape
         if value.dtype != torch.bfloat16:
             return f"near tokens in {value.dtype}; kernels read bfloat16".replace("torch.", "")
         if not NearLayout(page * row, value.shape[3], value.dtype.itemsize).rows_per_page:

@@ -252,8 +252,8 @@ def kv_perplexity(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"Perplexity, {names(rows, 'dtype')}, {first['windows']} windows of {first['window']:,} tokens, weights as "
         "they are. `k64`: keys are rotated in blocks of 64, `kv64`: values, too; *as computed*: nothing is packed. "
-        "`-k-bias-10`: biases of ten times the keys' size on one pair of channels, which no score sees "
-        "(`benchmarks/kv_quality.py`).",
+        "`near`: the first 4 and the last 60 tokens are seen as they are. `-k-bias-10`: biases of ten times the keys' "
+        "size on one pair of channels, which no score sees (`benchmarks/kv_quality.py`).",
         "",
         f"| packing | {' | '.join(models)} |",
         "|---" * (len(models) + 1) + "|",
@@ -271,8 +271,8 @@ def kv_prefix(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"Tokens that greedy texts share with those of the unpacked cache before they part, of {first['tokens']}: "
         f"{first['prompts']} prompts of {first['prompt_tokens']} tokens, {names(rows, 'model')}, "
-        f"{names(rows, 'dtype')}, one {first['gpu']['name']}. `near`: the first 4 and the last 60 tokens are seen "
-        "as they are. Texts part at near ties, so means of so few prompts differ by chance, too.",
+        f"{names(rows, 'dtype')}, one {first['gpu']['name']}. Texts part at near ties, so means of so few prompts "
+        "differ by chance, too.",
         "",
         "| packing | mean | median | whole texts |",
         "|---|---|---|---|",

@@ -58,8 +58,15 @@ def residual_stream(graph: Graph) -> Stream | str:
     if not stream.readers:
         return "no product reads what embeddings begin"
     products = [*stream.writers, *(product for product, _ in stream.readers)]
-    computed = next((n for n in [*products, *stream.tables, *stream.norms] if not _given(n)), None)
+    computed = next((n for n in [*products, *stream.tables, *stream.norms] if not has_given_weights(n)), None)
     return stream if computed is None else f"the weight of {computed.name} is computed"
+
+
+def has_given_weights(node: fx.Node) -> bool:
+    """Are the weights of an embedding, a norm or a product the model's own, and not computed?"""
+    name = target_name(node)
+    weights = node.args[:1] if name == "aten.embedding" else node.args[1:2] if name == "rms_norm" else node.args[1:3]
+    return all(isinstance(w, fx.Node) and w.op == "get_attr" for w in weights if w is not None)
 
 
 def _read(node: fx.Node, user: fx.Node, stream: Stream, waiting: list[fx.Node]) -> str | None:
@@ -135,12 +142,6 @@ def _behind(norm: fx.Node) -> list[fx.Node] | None:
         else:
             return None
     return found
-
-
-def _given(node: fx.Node) -> bool:
-    name = target_name(node)
-    weights = node.args[:1] if name == "aten.embedding" else node.args[1:2] if name == "rms_norm" else node.args[1:3]
-    return all(isinstance(w, fx.Node) and w.op == "get_attr" for w in weights if w is not None)
 
 
 def _post(node: fx.Node) -> str:

@@ -94,8 +94,13 @@ class RotateHadamard(Pass):
         """What the names of weights say of options, so that weights of other rotations have other names."""
         return f"-{self.order}" * (self.order > 0) + f"-seed{self.seed}" * (self.seed != 0)
 
-    def _rotation(self, size: int) -> Rotation:
-        return Rotation(largest(size, self.order or size), self.seed)
+    def _rotation(self, rule: str, size: int, stats: PassStats) -> Rotation:
+        wanted = min(self.order or size, size)
+        order = largest(size, wanted)
+        note = f"{rule} turns blocks of {order} of {size} channels, the largest that there are up to {wanted}"
+        if order != wanted and note not in stats.notes:
+            stats.notes.append(note)
+        return Rotation(order, self.seed)
 
     def _residual(self, graph: Graph, edits: WeightEdits, context: Context, stats: PassStats) -> None:
         stream = residual_stream(graph)
@@ -104,7 +109,7 @@ class RotateHadamard(Pass):
             return
         if context.rewrites_left == 0:
             return
-        turn = self._rotation(stream.size)
+        turn = self._rotation("r1", stream.size, stats)
         for table in stream.tables:
             edits.add(table, 0, f"r1{self._how}", turn.turned)
         for writer in stream.writers:
@@ -128,7 +133,7 @@ class RotateHadamard(Pass):
                 stats.rejected["r2", f"{node.name}: {found}"] += 1
             elif context.rewrites_left != 0:
                 made, first, count, reader = found
-                turn = self._rotation(node.args[2].meta["val"].shape[-1])  # type: ignore[union-attr]
+                turn = self._rotation("r2", node.args[2].meta["val"].shape[-1], stats)  # type: ignore[union-attr]
                 edits.add(made, 1, f"r2{self._how}", lambda w, t=turn, at=(first, count): _rows(w, t, *at))
                 edits.add(made, 2, f"r2{self._how}", lambda b, t=turn, at=(first, count): _rows(b, t, *at))
                 edits.add(reader, 1, f"r2{self._how}", turn.turned)
@@ -137,7 +142,7 @@ class RotateHadamard(Pass):
     def _queries(self, graph: Graph, edits: WeightEdits, context: Context, stats: PassStats) -> None:
         for node in list(graph.calls("attention")):
             if context.rewrites_left != 0:
-                turn = self._rotation(node.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
+                turn = self._rotation("r3", node.args[0].meta["val"].shape[-1], stats)  # type: ignore[union-attr]
                 for at in (0, 1):
                     node.update_arg(at, self._online(graph, node, node.args[at], turn, edits))
                 self._done("r3", node, context, stats)
@@ -150,7 +155,7 @@ class RotateHadamard(Pass):
             if weight.op != "get_attr":  # type: ignore[union-attr]
                 stats.rejected["r4", f"{node.name}: its weight is computed"] += 1
             elif context.rewrites_left != 0:
-                turn = self._rotation(x.meta["val"].shape[-1])
+                turn = self._rotation("r4", x.meta["val"].shape[-1], stats)
                 node.update_arg(0, self._online(graph, node, x, turn, edits))
                 edits.add(node, 1, f"r4{self._how}", turn.turned)
                 self._done("r4", node, context, stats)

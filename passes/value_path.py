@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from llmopt.compiler.graph import target_name
+from llmopt.passes.residual import has_given_weights
 
 _VIEWS = {"aten.transpose", "aten.reshape", "aten.view", "aten.contiguous", "aten.clone"}
 
@@ -31,13 +32,13 @@ def value_path(node: fx.Node) -> tuple[fx.Node, int, int, fx.Node] | str:
             return "its values are read by others, too"
     elif len(made.users) != 1:
         return "its values are read by others, too"
-    if target_name(made) != "linear" or not _given(made):
+    if target_name(made) != "linear" or not has_given_weights(made):
         return f"its values come from {target_name(made)}, not from a product with a weight"
     reader: Any = node
     while len(reader.users) == 1:
         (reader,) = reader.users
         if target_name(reader) == "linear":
-            return (made, first, count, reader) if _given(reader) else "the weight behind it is computed"
+            return (made, first, count, reader) if has_given_weights(reader) else "the weight behind it is computed"
         if target_name(reader) not in _VIEWS or not _keeps_heads(reader, size):
             break
     return "what reads its result is no product with a weight"
@@ -50,7 +51,3 @@ def _keeps_heads(view: Any, size: int) -> bool:
         return last not in {int(dim) % (last + 1) for dim in view.args[1:3]}
     return all(isinstance(n.meta["val"].shape[-1], int) and n.meta["val"].shape[-1] % size == 0
                for n in (view, view.args[0]))  # fmt: skip
-
-
-def _given(product: fx.Node) -> bool:
-    return all(isinstance(w, fx.Node) and w.op == "get_attr" for w in product.args[1:3] if w is not None)

@@ -98,14 +98,15 @@ def _seen(
 
 
 @attend_near.fake
-def _attend_near_fake(q: Tensor, *rest: Any) -> Tensor:
-    return q.new_empty((*q.shape[:-1], rest[12].shape[-1]))
+def _attend_near_fake(*given: Any) -> Tensor:
+    q, v = given[0], given[-3]
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))  # type: ignore[no-any-return]
 
 
 @attend_near.cost
 def _attend_near_cost(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, *rest: Any) -> Cost:
     """As for `attend`, and the near rows of every listed sequence."""
-    k, v, first, recent = rest[8:]
+    *_, k, v, first, recent = rest
     packed = attend.cost_fn(q, k_pages, v_pages, block_tables)  # type: ignore[misc]
     near = (first + recent) * block_tables.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
     return Cost(packed.flops, packed.bytes + near + nbytes(k, v))

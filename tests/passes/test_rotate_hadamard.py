@@ -182,8 +182,17 @@ def test_patterns_do_not_meet_the_norms_that_are_folded_in() -> None:
 
 def test_blocks_are_no_larger_than_what_they_turn() -> None:
     assert largest(48, 10**18) == 48
-    after, _ = rotated("llama", order=10**18)
+    after, stats = rotated("llama", order=10**18)
     assert float((logits(after) - logits(structured("llama"))).norm()) < 1e-9
+    assert not stats.notes
+
+
+def test_other_blocks_than_were_asked_for_are_told() -> None:
+    said = rotated("llama", r4=True, order=22)[1].notes
+    assert said == [
+        "r1 turns blocks of 16 of 48 channels, the largest that there are up to 22",
+        "r4 turns blocks of 8 of 88 channels, the largest that there are up to 22",
+    ]
 
 
 def test_what_cannot_be_asked_for() -> None:
