@@ -212,8 +212,11 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
     heads = triton.next_power_of_2(shape["HQ"] // shape["HKV"])
     wide = max(64, triton.next_power_of_2(max(shape["D"], shape["DV"])))
     few = max(8, heads) * wide <= 2048
-    tried = [(64, 1, 2), (64, 1, 3)] if few and shape["INT4"] else []
-    tried += [(32, 1, 3), (32, 1, 2), (32, 1, 4)] if few else [(32, 4, 2)]
+    if few and wide > 128:  # two warps hold what spills from one, and multiply by mma.sync, as one does
+        tried = [(32, 2, 3), (32, 2, 2)]
+    else:
+        tried = [(64, 1, 2), (64, 1, 3)] if few and shape["INT4"] else []
+        tried += [(32, 1, 3), (32, 1, 2), (32, 1, 4)] if few else [(32, 4, 2)]
     return [
         {"BLOCK_T": block, "LEAST": max(1, 64 // block), "EARLY": early,
          "BLOCK_S": max(1, min(16, 4096 * warps // (heads * wide))), "num_warps": warps, "num_stages": stages}

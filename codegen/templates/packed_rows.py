@@ -126,7 +126,8 @@ def _inverse(x):
 @triton.jit
 def divided(x, by, inverse):
     """x / by to the nearest, `inverse` being 1 / by to the nearest, without the branches of a division for all numbers
-    (Markstein, 1990: a remainder that is exact corrects a quotient). Quotients below 2^-20 may be off."""
+    (Markstein, 1990: a remainder that is exact corrects a quotient). Where it is not, of quotients below 2^-5 by less
+    than 2^-100, the last bit may be off: far below what rounds to the least code."""
     if INTERPRETED:  # whose fma rounds twice
         return tl.div_rn(x, tl.broadcast_to(by, x.shape))
     else:

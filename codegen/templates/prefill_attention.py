@@ -194,7 +194,8 @@ def configs(shape: Mapping[str, int], dtype: str, target: Target) -> list[dict[s
         tried = [(32, 32, 4, 2), (16, 16, 4, 2)] if large else [(16, 16, 4, 2), (32, 16, 8, 2)]
     elif shape.get("PACKED"):
         # codes are unpacked in registers
-        tried = [(64, 32, 4, 2), (64, 32, 4, 3), (128, 32, 8, 2), (64, 64, 8, 2)]
+        narrow = [(64, 32, 4, 2), (64, 32, 4, 3), (128, 32, 8, 2), (64, 64, 8, 2)]
+        tried = narrow if wide <= 128 else [(32, 32, 8, 2), (16, 32, 4, 2)]
     elif wide > 128:
         tried = [(128, 32, 8, 2), (64, 32, 4, 2)]
     elif "wgmma" in target.features:

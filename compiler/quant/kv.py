@@ -167,6 +167,8 @@ def why_no_choice(keys: str, values: str, order: int, rotate: str) -> str | None
         return f"rotate is {rotate!r}; wanted k, v, kv or none"
     if type(order) is not int or order < 0 or order & (order - 1):
         return f"order is {order!r}; wanted 0 (the largest there is) or a power of two"
+    if rotate == NONE and order > 1:
+        return f"order is {order} and rotate is none, so nothing is rotated; wanted rotate k, v or kv, or no order"
     return None
 
 

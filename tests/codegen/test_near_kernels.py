@@ -89,7 +89,7 @@ def test_near_tokens(first: int, recent: int) -> None:
     decoded(Case((0, 1, 3, 31, 70), page=16), (first, recent), splits=3)
 
 
-@pytest.mark.parametrize(("keys", "values"), [("int4-h64", "int4-h32"), ("int8", "int8-h64"), ("fp8-h8", "int4")])
+@pytest.mark.parametrize(("keys", "values"), [("int4-h64", "int4-h32"), ("int8", "int8-h64"), ("fp8-h8", "nvfp4-h16")])
 def test_packings(keys: str, values: str) -> None:
     decoded(Case((2, 45), page=16), (1, 6), 2, keys, values)
 

@@ -74,6 +74,7 @@ def test_attentions_are_skipped_by_number() -> None:
     [
         ({"keys": "int3"}, "keys is 'int3'; wanted one of int4, int8, fp8, nvfp4, none"),
         ({"rotate": "q"}, "rotate is 'q'; wanted k, v, kv or none"),
+        ({"rotate": "none", "order": 16}, "order is 16 and rotate is none, so nothing is rotated; wanted rotate k"),
         ({"order": 12}, "order is 12; wanted 0"),
         ({"keys": "none", "values": "none"}, "keys and values are both none, so nothing is packed; wanted one of int4"),
         ({"skip": (0, 1, 1)}, "skip names all 2 attentions, so nothing is left to pack"),

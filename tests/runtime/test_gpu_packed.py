@@ -68,18 +68,19 @@ def test_a_gpu_s_logits_are_as_near_to_fp64(case: Case) -> None:
 
 
 def stored(x: torch.Tensor, packing: Packing, parts: int) -> list[torch.Tensor]:
-    """Pages of x [N, H, D] as keys and as values, by the kernel."""
-    count, heads, size = x.shape
+    """Pages of x [N, H, D] as keys and as values, by the kernel, and x rotated as two queries a key have it."""
+    (count, heads, size), asked = x.shape, x.repeat_interleave(2, 1)
+    turned = torch.empty_like(asked)
     pages = [
         torch.zeros(count // 16, heads, 16, packing.row_bytes(size), dtype=torch.uint8, device="cuda") for _ in "kv"
     ]
-    none, sizes = torch.zeros(1, device="cuda"), torch.tensor([heads, heads, size, size], device="cuda")
+    none, sizes = torch.zeros(1, device="cuda"), torch.tensor([2 * heads, heads, size, size], device="cuda")
     write_packed.write_packed[(count, heads, parts)](
-        torch.empty_like(x), None, None, *pages, torch.arange(count, device="cuda"), x, none, none, x, x, sizes,
-        HQ=heads, HKV=heads, D=size, DV=size, PAGE=16, LOAD_Q=cases.plain_q, LOAD_K=cases.plain_k, LOAD_V=cases.plain_v,
+        turned, None, None, *pages, torch.arange(count, device="cuda"), asked, none, none, x, x, sizes,
+        HQ=2 * heads, HKV=heads, D=size, DV=size, PAGE=16, LOAD_Q=cases.plain_q, LOAD_K=cases.plain_k, LOAD_V=cases.plain_v,
         K_KIND=packing.kind, K_ORDER=packing.order, V_KIND=packing.kind, V_ORDER=packing.order, PDL=False, num_warps=1,
     )  # fmt: skip
-    return pages
+    return [*pages, turned[:, ::2]]
 
 
 @pytest.mark.gpu
@@ -94,10 +95,13 @@ def test_a_gpu_stores_the_bytes_of_the_op(kind: str, size: int, order: int) -> N
     x[:8, 0] = torch.tensor([0.0, -7.25, 1e30, 2.0**-120, -(2.0**-101), 3e-39, 448.0, -0.0], device="cuda")[:, None]
     pages = torch.zeros(512, 8, 16, packing.row_bytes(size), dtype=torch.uint8, device="cuda")
     want = kv_write(pages, x.transpose(0, 1)[None], torch.arange(8192, device="cuda"), str(packing))
-    for parts in (1, 3):  # of one head each
-        assert all(torch.equal(got, want) for got in stored(x, packing, parts))
+    for parts in (1, 3, 4):
+        k_pages, v_pages, turned = stored(x, packing, parts)
+        assert torch.equal(k_pages, want)
+        assert torch.equal(v_pages, want)
+        assert torch.equal(turned, packing.asked(x).bfloat16())
     x[9, 1, 5], x[10, 2, size - 1], x[11, 3, 0] = torch.nan, -torch.inf, torch.inf
-    for got in stored(x, packing, 1):
+    for got in stored(x, packing, 1)[:2]:
         rows = packing.unpack(torch.cat(pages_of(got, packing), -1)).transpose(1, 2).flatten(0, 1)
         assert (~torch.isfinite(rows).all(2)).nonzero().tolist() == [[9, 1], [10, 2], [11, 3]]
 
