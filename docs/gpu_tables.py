@@ -254,8 +254,8 @@ def contexts(figures: dict[str, Any]) -> str:
     cases = figures["cases"]
     lines = [
         f"Steps of {names(cases, 'model')} with packed caches, one {machine(cases[0])}, in turns. `:` changes options "
-        "of the cache as `benchmarks/long_context.py` takes them (a recipe has them in its file): `rotate=none` rotates "
-        "nothing, `sinks` and `recent` are tokens seen as they are.",
+        "of the cache as `benchmarks/long_context.py` takes them (a recipe has them in its file): `rotate=none` "
+        "rotates nothing, `sinks` and `recent` are tokens seen as they are.",
         "",
         "| batch | context | recipe | KV bytes a token | a step | times the first |",
         "|---|---|---|---|---|---|",

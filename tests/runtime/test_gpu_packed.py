@@ -77,8 +77,9 @@ def stored(x: torch.Tensor, packing: Packing, parts: int) -> list[torch.Tensor]:
     none, sizes = torch.zeros(1, device="cuda"), torch.tensor([2 * heads, heads, size, size], device="cuda")
     write_packed.write_packed[(count, heads, parts)](
         turned, None, None, *pages, torch.arange(count, device="cuda"), asked, none, none, x, x, sizes,
-        HQ=2 * heads, HKV=heads, D=size, DV=size, PAGE=16, LOAD_Q=cases.plain_q, LOAD_K=cases.plain_k, LOAD_V=cases.plain_v,
-        K_KIND=packing.kind, K_ORDER=packing.order, V_KIND=packing.kind, V_ORDER=packing.order, PDL=False, num_warps=1,
+        HQ=2 * heads, HKV=heads, D=size, DV=size, PAGE=16, LOAD_Q=cases.plain_q, LOAD_K=cases.plain_k,
+        LOAD_V=cases.plain_v, K_KIND=packing.kind, K_ORDER=packing.order, V_KIND=packing.kind, V_ORDER=packing.order,
+        PDL=False, num_warps=1,
     )  # fmt: skip
     return [*pages, turned[:, ::2]]
 
