@@ -99,6 +99,32 @@ def compile(
 
 @app.command()
 @guarded
+def export(
+    model: Model,
+    to: Annotated[str, typer.Option("--to", help="The format: compressed-tensors.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    recipe: RecipeName = "default",
+    dtype: DType = None,
+    calibration: CalibrationFile = None,
+    statistics: StatisticsFile = None,
+    bits: Bits = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model, quantised and rotated as its recipe says, for other runtimes.
+
+    compressed-tensors: a checkpoint that vLLM, SGLang and transformers load.
+
+    [dim]llmopt export meta-llama/Llama-3.2-1B --to compressed-tensors -r nvfp4+gptq --calibration texts/ -o OUT[/dim]
+    """
+    from llmopt.commands.export import export
+    from llmopt.commands.model import Wanted
+
+    export(model, to, out, Wanted(recipe, None, dtype, calibration, statistics, bits), as_json)
+
+
+@app.command()
+@guarded
 def run(
     model: Either,
     prompts: Annotated[

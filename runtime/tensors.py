@@ -69,23 +69,33 @@ def shards(tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES) -> I
         yield group
 
 
+def header(types: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> bytes:
+    """What a safetensors file of tensors of these shapes and dtypes begins with; their bytes follow in this order."""
+    told: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (shape, dtype) in types.items():
+        if dtype not in _NAMES:
+            raise ArtifactError(
+                f"weight {name!r} is {dtype}, which a file cannot hold; wanted {', '.join(_NAMES.values())}"
+            )
+        end = at + math.prod(shape) * dtype.itemsize
+        told[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(told).encode()
+    size = math.ceil((len(text) + 8) / _ALIGNMENT) * _ALIGNMENT - 8
+    return size.to_bytes(8, "little") + text.ljust(size)
+
+
 def encoded(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
     """A safetensors file of these tensors, piece by piece (bytes-like)."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise ArtifactError(
-                f"weight {name!r} is {tensor.dtype}, which an artifact cannot hold; wanted {', '.join(_NAMES.values())}"
-            )
-        shape = tuple(tensor.shape)
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [at, at + tensor.nbytes]}
-        at += tensor.nbytes
-    text = json.dumps(header).encode()
-    size = math.ceil((len(text) + 8) / _ALIGNMENT) * _ALIGNMENT - 8
-    yield size.to_bytes(8, "little") + text.ljust(size)
+    yield header({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
     for tensor in tensors.values():
-        yield _bytes(tensor).numpy().data
+        yield bytes_of(tensor)
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """The tensor's data (bytes-like)."""
+    return _bytes(tensor).numpy().data
 
 
 def read_shards(folder: Path, where: Mapping[str, tuple[str, str, str]]) -> dict[str, Weight]:

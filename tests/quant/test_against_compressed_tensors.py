@@ -28,6 +28,8 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from torch import Tensor
 
 from llmopt.compiler.quant import ELEMENTS, PRESETS, SCHEMES, QuantizedTensor, Scheme, pack, quantize, unpack
+from llmopt.compiler.quant.compressed_tensors import tensors_of
+from llmopt.compiler.quant.storage import parts_of
 
 FORMATS = {
     "nvfp4": "nvfp4-pack-quantized",
@@ -136,6 +138,18 @@ def test_codes_and_scales(name: str, kind: str):
     if made.zero_points is not None:
         packed = pack_to_int32((made.zero_points.int() - 8).to(torch.int8), 4, packed_dim=0)
         assert torch.equal(packed, state["weight_zero_point"])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_tensors_of_a_module(name: str) -> None:
+    """Names, shapes, types and, where nothing rounds to negative zero, bytes; a scale of all is no matrix there."""
+    x, scheme = matrix("normal").abs(), SCHEMES[name]
+    got, want = tensors_of(parts_of(quantize(x, name)), scheme, x.shape[1]), written(x, scheme)
+    assert {n: (tuple(t.shape), t.dtype) for n, t in got.items()} == {
+        n: (tuple(t.shape), scheme.scale_dtype if n == "weight_scale" else t.dtype) for n, t in want.items()
+    }
+    for tensor, theirs in ((got[n], want[n]) for n in got):
+        assert torch.equal(tensor.float(), theirs.float())
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp6_e2m3"])

@@ -1,0 +1,249 @@
+"""A program as a transformers checkpoint with compressed-tensors weights: what vLLM, SGLang and transformers load.
+
+The graph says what leaves: each weight that a product reads is split into the modules it was joined from, and written
+as its program has it, in codes or as it is, rotated or not. Norms that were folded into products become neutral, and a
+head that no longer equals the embeddings gets weights of its own. Tensors are made and written one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from llmopt.compiler.emittable import argument, op_name
+from llmopt.compiler.errors import InputError
+from llmopt.compiler.graph import Graph
+from llmopt.compiler.program import Program
+from llmopt.compiler.quant import scheme_of
+from llmopt.compiler.quant.compressed_tensors import group_of, rows_of, tensors_of, why_not
+from llmopt.compiler.quant.storage import PARTS, types_of
+from llmopt.runtime.replace import Folder, replacing
+from llmopt.runtime.tensors import bytes_of, header
+
+SHARD_BYTES = 5 * 10**9
+HEAD = "lm_head.weight"
+MARK = "model.safetensors.index.json"
+Types = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True)
+class Item:
+    """Tensors of a checkpoint that are made together."""
+
+    types: Types
+    make: Callable[[], Mapping[str, Tensor]]
+
+
+@dataclass
+class Plan:
+    """What a checkpoint holds: its tensors, its modules by (scheme, activations), and those that stay as they are."""
+
+    items: list[Item] = field(default_factory=list)
+    groups: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    plain: list[str] = field(default_factory=list)
+    tied: bool = True
+
+    def config(self) -> dict[str, Any] | None:
+        """`quantization_config`, None where nothing is quantised."""
+        if not self.groups:
+            return None
+        alone = len(self.groups) == 1
+        groups = [
+            group_of(scheme_of(scheme), activations, ["Linear"] if alone else sorted(modules))
+            for (scheme, activations), modules in self.groups.items()
+        ]
+        formats = {group["format"] for group in groups}
+        return {
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+            "ignore": sorted(self.plain),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+
+def norm_shifts(program: Program) -> dict[str, float]:
+    """By the name of a norm's weight what is added to it (`ops.rms_norm`)."""
+    norms = [node for graph in program.graphs.values() for node in graph.calls("rms_norm")]
+    weights = ((argument(node, "weight", None), node) for node in norms)
+    return {str(w.target): float(argument(node, "shift", 0.0)) for w, node in weights if isinstance(w, fx.Node)}
+
+
+def plan(program: Program, shifts: Mapping[str, float], stored: Sequence[str]) -> Plan:
+    """How the weights of the forward become the tensors `stored`, names of the checkpoint that the model came from.
+
+    Raises InputError: the graph computes what a transformers model of this kind does not.
+    """
+    graph, made = program.graph("forward"), Plan()
+    if rotate := next(iter(graph.calls("rotate")), None):
+        raise InputError(
+            f"{rotate.name} rotates while the model runs, which no transformers model does; leave r3 and r4 out of "
+            "the rotation (recipe `rotate`), whose rotations lie in weights alone"
+        )
+    taken: dict[str, str] = {}
+    for name, user in _weights(graph):
+        if program.origins(name)[0] not in stored:
+            continue  # computed from the config
+        pieces = _pieces(program, name)
+        if any(key in taken for key, _ in pieces):  # a head that was tied to the embeddings
+            pieces = [(HEAD, count) for _, count in pieces]
+            made.tied = False
+        taken.update((key, name) for key, _ in pieces)
+        if op_name(user) == "quantized_linear" and f"{name}.packed" in program.weights:
+            made.items.append(_quantised(program, name, user, pieces, made))
+        else:
+            made.items.append(_as_it_is(program, name, pieces))
+            if op_name(user) == "linear" and _read(user, 1) == name:
+                made.plain += [key.removesuffix(".weight") for key, _ in pieces]
+    for key in stored:
+        if key not in taken:
+            made.items.append(_neutral(program, key, shifts))
+    tables = {_read(node, 0) for node in graph.calls("aten.embedding")}
+    if any(_read(node, 1) in tables for node in graph.calls("linear")):
+        made.plain.append(HEAD.removesuffix(".weight"))
+    return made
+
+
+def _read(node: fx.Node, at: int) -> str | None:
+    """The weight that is this argument."""
+    weight = node.args[at]
+    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
+def _weights(graph: Graph) -> Iterator[tuple[str, fx.Node]]:
+    """(name, who reads it) of each weight of the graph; of a quantised one, once, the name it had."""
+    seen = set()
+    for node in graph.fx.nodes:
+        if node.op != "get_attr":
+            continue
+        user, name = next(iter(node.users)), str(node.target)
+        quantised = op_name(user) == "quantized_linear" and node in user.args[1 : 1 + len(PARTS)]
+        if quantised:
+            name = name.removesuffix(f".{PARTS[user.args.index(node) - 1]}")
+        if (name, quantised) not in seen:  # tied embeddings stay as they are where the head does not
+            seen.add((name, quantised))
+            yield name, user
+
+
+def _pieces(program: Program, name: str) -> list[tuple[str, int]]:
+    """(name in the checkpoint, rows) of the tensors that a weight was joined from; factors folded into it left out."""
+    weight = program.weights[name]
+    found = [(key, program.weights[key].shape) for key in program.origins(name)]
+    rows = [(key, shape[0]) for key, shape in found if shape[1:] == weight.shape[1:]]
+    if sum(count for _, count in rows) != weight.shape[0]:
+        raise InputError(
+            f"weight {name!r} is {weight.note}, which is no whole tensors of a checkpoint one below another"
+        )
+    return rows
+
+
+def _as_it_is(program: Program, name: str, pieces: Sequence[tuple[str, int]]) -> Item:
+    weight = program.weights[name]
+    types: Types = {key: ((count, *weight.shape[1:]), weight.dtype) for key, count in pieces}
+
+    def make() -> Mapping[str, Tensor]:
+        parts = weight.load().split([count for _, count in pieces])
+        return {key: part.contiguous() for (key, _), part in zip(pieces, parts, strict=True)}
+
+    return Item(types, make)
+
+
+def _quantised(program: Program, name: str, node: fx.Node, pieces: Sequence[tuple[str, int]], made: Plan) -> Item:
+    scheme, activations = scheme_of(argument(node, "scheme", "")), argument(node, "activations", "")
+    columns = program.weights[name].shape[1]
+    if why := why_not(scheme, activations, columns):
+        raise InputError(f"weight {name!r} cannot leave as a compressed-tensors checkpoint: {why}")
+    modules = [key.removesuffix(".weight") for key, _ in pieces]
+    made.groups.setdefault((scheme.name, activations), []).extend(modules)
+
+    def split(parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        first = 0
+        for module, (_, count) in zip(modules, pieces, strict=True):
+            rows = rows_of(parts, scheme, first, count)
+            found |= {f"{module}.{last}": tensor for last, tensor in tensors_of(rows, scheme, columns).items()}
+            first += count
+        return found
+
+    held = types_of(scheme, *program.weights[name].shape)
+    # the types by the same code that makes the tensors, without data
+    empty = split({part: torch.empty(shape, dtype=dtype, device="meta") for part, (shape, dtype) in held.items()})
+    types: Types = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in empty.items()}
+    return Item(types, lambda: split({part: program.weights[f"{name}.{part}"].load() for part in held}))
+
+
+def _neutral(program: Program, key: str, shifts: Mapping[str, float]) -> Item:
+    """What a norm has whose own weight was folded into the products behind it."""
+    weight = program.weights.get(key)
+    if weight is None or key not in shifts:
+        raise InputError(
+            f"tensor {key!r} of the checkpoint is in no weight of the program; wanted a model whose every tensor is "
+            "read, or a norm's"
+        )
+    shape, dtype = weight.shape, weight.dtype
+    return Item({key: (shape, dtype)}, lambda: {key: torch.full(shape, 1.0 - shifts[key], dtype=dtype)})
+
+
+def write(made: Plan, config: Mapping[str, Any], files: Mapping[str, bytes], out: Path) -> dict[str, int]:
+    """Write the checkpoint to the folder `out`, whole or not at all; bytes of tensors and files of them.
+
+    `config` is that of config.json without quantization, `files` are others, by name. A checkpoint that stood there is
+    replaced at the very end. Raises ArtifactError: something else is there, the disk is full, no permission.
+    """
+    quantization = made.config()
+    whole = {**config, **({"quantization_config": quantization} if quantization else {})}
+    if not made.tied:
+        whole["tie_word_embeddings"] = False
+    groups = _shards(made.items)
+    where: dict[str, str] = {}
+    with replacing(out, _foreign) as new:
+        folder = Folder(new)
+        for number, items in enumerate(groups, 1):
+            file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            types = {name: kind for item in items for name, kind in item.types.items()}
+            where.update(dict.fromkeys(types, file))
+            with folder.open(file) as put:
+                put(header(types))
+                for item in items:
+                    tensors = item.make()
+                    for name in item.types:
+                        put(bytes_of(tensors[name]))
+        size = sum(_size(item) for item in made.items)
+        for name, data in files.items():
+            folder.add(name, data)
+        folder.add("config.json", json.dumps(whole, indent=2) + "\n")
+        folder.add(MARK, json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1) + "\n")
+    return {"bytes": size, "files": len(groups), "tensors": len(where)}
+
+
+def _shards(items: Sequence[Item]) -> list[list[Item]]:
+    found: list[list[Item]] = [[]]
+    room = SHARD_BYTES
+    for item in items:
+        if found[-1] and _size(item) > room:
+            found.append([])
+            room = SHARD_BYTES
+        found[-1].append(item)
+        room -= _size(item)
+    return found
+
+
+def _size(item: Item) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in item.types.values())
+
+
+def _foreign(path: Path) -> str | None:
+    """Why a folder may not be replaced: it holds what no checkpoint does."""
+    known = (".json", ".safetensors", ".model", ".txt", ".jinja")
+    extra = [p for p in path.rglob("*") if p.is_dir() or p.suffix not in known]
+    if extra or not (path / "config.json").is_file():
+        return f"the folder there holds {str(min(extra, default=path))!r}, which is not of a checkpoint"
+    return None
