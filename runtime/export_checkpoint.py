@@ -28,7 +28,7 @@ from llmopt.runtime.tensors import bytes_of, header
 
 SHARD_BYTES = 5 * 10**9
 HEAD = "lm_head.weight"
-MARK = "model.safetensors.index.json"
+INDEX, PRODUCER = "model.safetensors.index.json", "llmopt"
 Types = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -195,8 +195,9 @@ def _neutral(program: Program, key: str, shifts: Mapping[str, float]) -> Item:
 def write(made: Plan, config: Mapping[str, Any], files: Mapping[str, bytes], out: Path) -> dict[str, int]:
     """Write the checkpoint to the folder `out`, whole or not at all; bytes of tensors and files of them.
 
-    `config` is that of config.json without quantization, `files` are others, by name. A checkpoint that stood there is
-    replaced at the very end. Raises ArtifactError: something else is there, the disk is full, no permission.
+    `config` is that of config.json without quantization, `files` are others, by name. A checkpoint that this wrote
+    earlier is replaced at the very end. Raises ArtifactError: something else is there, other checkpoints too, the disk
+    is full, no permission.
     """
     quantization = made.config()
     whole = {**config, **({"quantization_config": quantization} if quantization else {})}
@@ -220,7 +221,8 @@ def write(made: Plan, config: Mapping[str, Any], files: Mapping[str, bytes], out
         for name, data in files.items():
             folder.add(name, data)
         folder.add("config.json", json.dumps(whole, indent=2) + "\n")
-        folder.add(MARK, json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1) + "\n")
+        told = {"total_size": size, "producer": PRODUCER, "files": [*sorted(files), "config.json", INDEX]}
+        folder.add(INDEX, json.dumps({"metadata": told, "weight_map": where}, indent=1) + "\n")
     return {"bytes": size, "files": len(groups), "tensors": len(where)}
 
 
@@ -241,9 +243,14 @@ def _size(item: Item) -> int:
 
 
 def _foreign(path: Path) -> str | None:
-    """Why a folder may not be replaced: it holds what no checkpoint does."""
-    known = (".json", ".safetensors", ".model", ".txt", ".jinja")
-    extra = [p for p in path.rglob("*") if p.is_dir() or p.suffix not in known]
-    if extra or not (path / "config.json").is_file():
-        return f"the folder there holds {str(min(extra, default=path))!r}, which is not of a checkpoint"
-    return None
+    """Why a folder may not be replaced: `write` did not write it, or it holds more."""
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        ours = index["metadata"]["producer"] == PRODUCER
+        files = {*index["metadata"]["files"], *index["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        return "what is there was not written by `llmopt export`"
+    extra = [p for p in path.rglob("*") if p.relative_to(path).as_posix() not in files]
+    return f"the checkpoint there also holds {str(min(extra))!r}, which is not part of it" if extra else None
