@@ -142,7 +142,7 @@ def facts_of(config: PretrainedConfig, dtype: torch.dtype, tokenizer: str | None
     eos_ids = tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,)
     context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2048
     name = type(config).__name__.removesuffix("Config")
-    return ModelFacts(name, text.vocab_size, int(context), eos_ids, dtype, tokenizer)
+    return ModelFacts(name, text.vocab_size, int(context), eos_ids, dtype, tokenizer, config.to_json_string())
 
 
 def capture_model(model: PreTrainedModel) -> Program:

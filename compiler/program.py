@@ -118,6 +118,7 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     tokenizer: str | None = None  # folder or hub id with tokenizer files
+    config: str | None = None  # transformers' config.json, of a transformers model
 
 
 @dataclass
@@ -125,7 +126,8 @@ class Program:
     """Everything a compiled model is made of, before and after each pass.
 
     `near_pages`: how many pages a sequence has beside those of its tokens, at the end of its block table
-    (`compiler.quant.near`).
+    (`compiler.quant.near`). `neutral`: of norms' weights that were folded into products, the number that makes such a
+    norm do nothing but normalise.
     """
 
     graphs: dict[str, Graph]
@@ -135,6 +137,7 @@ class Program:
     properties: frozenset[str] = frozenset()
     choices: dict[str, Any] = field(default_factory=dict)
     near_pages: int = 0
+    neutral: dict[str, float] = field(default_factory=dict)
 
     def graph(self, name: str) -> Graph:
         """The graph of this name; an error that lists the names there are."""
@@ -171,4 +174,5 @@ class Program:
             graphs={k: g.copy() for k, g in self.graphs.items()},
             weights=dict(self.weights),
             choices=dict(self.choices),
+            neutral=dict(self.neutral),
         )

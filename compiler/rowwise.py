@@ -252,6 +252,7 @@ class _Rowwise:
 
     by_ir_name: ClassVar = {
         "linear": last,
+        "quantized_linear": last,
         "rms_norm": last,
         "rotate": last,
         "gated": pointwise,

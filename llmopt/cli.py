@@ -100,10 +100,20 @@ def compile(
 @app.command()
 @guarded
 def export(
-    model: Model,
-    to: Annotated[str, typer.Option("--to", help="The format: compressed-tensors.")],
+    model: Either,
+    to: Annotated[str, typer.Option("--to", help="The format: onnx, genai or compressed-tensors.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    recipe: RecipeName = "default",
+    recipe: OwnRecipe = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Low-bit weights in ONNX: portable (the default), standard or function.")
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Attention in ONNX: standard (the default) or gqa (that of genai).")
+    ] = None,
+    cache: Annotated[bool, typer.Option(help="Keys and values as inputs and outputs.")] = True,
+    accuracy_level: Annotated[
+        int | None, typer.Option(help="MatMulNBits: 0 is exact (the default), 4 rounds activations to int8, faster.")
+    ] = None,
     dtype: DType = None,
     calibration: CalibrationFile = None,
     statistics: StatisticsFile = None,
@@ -113,14 +123,18 @@ def export(
 ) -> None:
     """Write a model, quantised and rotated as its recipe says, for other runtimes.
 
-    compressed-tensors: a checkpoint that vLLM, SGLang and transformers load.
+    onnx: a graph for ONNX Runtime, TensorRT and others, one model with a cache. genai: a folder that onnxruntime-genai
+    generates from. compressed-tensors: a checkpoint that vLLM, SGLang and transformers load.
 
-    [dim]llmopt export meta-llama/Llama-3.2-1B --to compressed-tensors -r nvfp4+gptq --calibration texts/ -o OUT[/dim]
+    [dim]llmopt export meta-llama/Llama-3.2-1B --to genai -r int4 --accuracy-level 4 -o OUT[/dim]
     """
     from llmopt.commands.export import export
     from llmopt.commands.model import Wanted
 
-    export(model, to, out, Wanted(recipe, None, dtype, calibration, statistics, bits), as_json)
+    given = {"weights": weights, "attention": attention, "cache": None if cache else False,
+             "accuracy_level": accuracy_level}  # fmt: skip
+    settings = {name: value for name, value in given.items() if value is not None}
+    export(model, to, out, settings, Wanted(recipe, None, dtype, calibration, statistics, bits), as_json)
 
 
 @app.command()

@@ -216,6 +216,20 @@ class CompiledModel:
         parts = Parts(self.program, self.recipe, self.target, self.report, self.regions)
         return save(parts, Path(path), self._session.weights if self._session else {}, __version__)
 
+    def export(self, path: str | os.PathLike[str], to: str, **settings: Any) -> Path:
+        """Write the model for other runtimes, to a folder: `onnx`, `genai` (onnxruntime-genai) or `compressed-tensors`
+        (vLLM, SGLang, transformers). What leaves is the plain forward behind the recipe's passes.
+
+        `settings` of ONNX are `weights` (`portable`, `standard`, `function`), `attention` (`standard`, `gqa`), `cache`
+        and `accuracy_level`, as `docs/export.md` says. Raises InputError (an unknown format or setting, what the
+        format cannot say, a package that is missing) and ArtifactError: something that no export wrote is there, the
+        disk is full, no permission.
+        """
+        from llmopt.runtime.export import export
+
+        export(self.program, self.recipe, to, Path(path), settings)
+        return Path(path)
+
 
 def _in_order(positions: Tensor, ids: Tensor, context: int) -> bool:
     """Attention goes by index and rotation by position, so the two must run alike."""

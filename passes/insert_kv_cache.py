@@ -54,7 +54,7 @@ class InsertKVCache(Pass):
         stats = PassStats()
         step = program.graph("forward").copy()
         step.name = "step"
-        check_rowwise(step, _use_positions(step))
+        check_rowwise(step, use_positions(step))
         caches = _Caches(step, context.recipe.page_size)
         for index, node in enumerate(list(step.calls("attention"))):
             caches.insert(index, node)
@@ -111,7 +111,7 @@ class _Caches:
             return self.step.call(target, args, before, InsertKVCache.name)
 
 
-def _use_positions(step: Graph) -> tuple[fx.Node, ...]:
+def use_positions(step: Graph) -> tuple[fx.Node, ...]:
     """Where the model numbers its tokens itself, read position_ids: in the plain forward they are the same numbers.
 
     Returns the node that holds them, if there is need of it.

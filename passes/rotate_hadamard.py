@@ -121,9 +121,12 @@ class RotateHadamard(Pass):
                 edits.add(product, 1, "norm", lambda w, g, s=shift: w * (g + s), str(weight.target))
             edits.add(product, 1, f"r1{self._how}", turn.turned)
         for norm in stream.norms:
-            weight, norm.args = norm.args[1], (norm.args[0], None, norm.args[2])
-            if isinstance(weight, fx.Node) and not weight.users:
-                graph.fx.erase_node(weight)
+            weight, shift = norm.args[1], _shift(norm)
+            norm.args = (norm.args[0], None, norm.args[2])
+            if isinstance(weight, fx.Node):
+                edits.program.neutral[str(weight.target)] = 1.0 - shift
+                if not weight.users:
+                    graph.fx.erase_node(weight)
         self._done("r1", stream.tables[0], context, stats)
 
     def _values(self, graph: Graph, edits: WeightEdits, context: Context, stats: PassStats) -> None:

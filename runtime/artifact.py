@@ -14,12 +14,14 @@ dialect, but what lies in code/ is run, so load only artifacts from where you wo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from llmopt.compiler.errors import ArtifactError
-from llmopt.compiler.program import ModelFacts, Program, StateSpec
+from llmopt.compiler.program import ModelFacts, Program, StateSpec, Weight
 from llmopt.compiler.recipe import Recipe
 from llmopt.compiler.target import Target
 from llmopt.runtime import native
@@ -39,7 +41,7 @@ from llmopt.runtime.serialize import graph_from_data, graph_to_data
 from llmopt.runtime.tensors import distinct, encoded, read_shards, shards
 from llmopt.runtime.tokenizer import TOKENIZER_FILES, load_tokenizer
 
-VERSION = 3
+VERSION = 4
 MANIFEST = "manifest.json"
 _AGAIN = "save the artifact again"
 _MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
@@ -111,6 +113,8 @@ def _write(folder: Folder, parts: Parts, weights: Mapping[str, Tensor], version:
         "model": _facts_to_data(program.facts, _write_tokenizer(folder, program.facts.tokenizer)),
         "state": [{"name": s.name, "shape": list(s.shape), "dtype": _dtype_name(s.dtype)} for s in program.state],
         **({"near_pages": program.near_pages} if program.near_pages else {}),
+        "neutral": program.neutral,
+        "made_of": _made_of(program),
         "properties": sorted(program.properties),
         "choices": program.choices,
         "graphs": list(program.graphs),
@@ -143,6 +147,18 @@ def _write_weights(folder: Folder, program: Program, weights: Mapping[str, Tenso
                 write(piece)
         files.update(dict.fromkeys(group, file))
     return {name: [files[stored[name]], stored[name], weight.note] for name, weight in used.items()}
+
+
+def _made_of(program: Program) -> dict[str, Any]:
+    """{name: [shape, dtype, what it is made of]} of the weights that graphs use and of all that those are made of."""
+    found: dict[str, Any] = {}
+    left = list(program.used_weights())
+    while left:
+        if (name := left.pop()) not in found:
+            weight = program.weights[name]
+            found[name] = [list(weight.shape), _dtype_name(weight.dtype), list(weight.inputs)]
+            left += weight.inputs
+    return dict(sorted(found.items()))
 
 
 def _write_tokenizer(folder: Folder, source: str | None) -> str | None:
@@ -254,12 +270,13 @@ def _read(path: Path, manifest: Mapping[str, Any], target: Target) -> Parts:
     files = {name: path / f"graphs/{name}.json" for name in names}
     program = Program(
         {name: graph_from_data(name, _json(file), names, str(file)) for name, file in files.items()},
-        read_shards(path, {name: (file, key, note) for name, (file, key, note) in manifest["weights"].items()}),
+        _weights(path, manifest),
         _facts_from_data(manifest["model"], path),
         tuple(StateSpec(s["name"], tuple(s["shape"]), _dtype(s["dtype"])) for s in manifest["state"]),
         frozenset(manifest["properties"]),
         manifest["choices"],
         int(manifest.get("near_pages", 0)),
+        manifest["neutral"],
     )
     for graph in program.graphs.values():
         for name in graph.weights():
@@ -270,6 +287,25 @@ def _read(path: Path, manifest: Mapping[str, Any], target: Target) -> Parts:
     return Parts(program, recipe, target, Report.from_dict(_json(path / "report.json")), regions)
 
 
+def _weights(path: Path, manifest: Mapping[str, Any]) -> dict[str, Weight]:
+    """The weights that graphs use, and those they are made of, which are known by name, shape and dtype only."""
+    held = read_shards(path, {name: (file, key, note) for name, (file, key, note) in manifest["weights"].items()})
+    found = {}
+    for name, (shape, dtype, inputs) in manifest["made_of"].items():
+        if name in held:
+            found[name] = replace(held[name], inputs=tuple(inputs))
+        else:
+            load = functools.partial(_not_kept, path, name)
+            found[name] = Weight(tuple(shape), _dtype(dtype), load, "not kept", tuple(inputs))
+    return held | found
+
+
+def _not_kept(path: Path, name: str) -> Tensor:
+    raise ArtifactError(
+        f"{path}: weight {name!r} is not kept, what the graphs make of it is; wanted a weight that a graph reads"
+    )
+
+
 def _facts_to_data(facts: ModelFacts, tokenizer: str | None) -> dict[str, Any]:
     return {
         "name": facts.name,
@@ -278,13 +314,15 @@ def _facts_to_data(facts: ModelFacts, tokenizer: str | None) -> dict[str, Any]:
         "eos_token_ids": list(facts.eos_token_ids),
         "dtype": _dtype_name(facts.dtype),
         "tokenizer": tokenizer,
+        "config": facts.config,
     }
 
 
 def _facts_from_data(data: Mapping[str, Any], path: Path) -> ModelFacts:
     tokenizer = data["tokenizer"] and str(path / data["tokenizer"])
     name, vocab, context = data["name"], data["vocab_size"], data["context_length"]
-    return ModelFacts(name, vocab, context, tuple(data["eos_token_ids"]), _dtype(data["dtype"]), tokenizer)
+    ends, dtype = tuple(data["eos_token_ids"]), _dtype(data["dtype"])
+    return ModelFacts(name, vocab, context, ends, dtype, tokenizer, data["config"])
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

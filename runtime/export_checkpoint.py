@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmopt.compiler.emittable import argument, op_name
 from llmopt.compiler.errors import InputError
@@ -23,12 +24,13 @@ from llmopt.compiler.program import Program
 from llmopt.compiler.quant import scheme_of
 from llmopt.compiler.quant.compressed_tensors import group_of, rows_of, tensors_of, why_not
 from llmopt.compiler.quant.storage import PARTS, types_of
-from llmopt.runtime.replace import Folder, replacing
+from llmopt.runtime.export_folder import companions, export_folder
+from llmopt.runtime.replace import Folder
 from llmopt.runtime.tensors import bytes_of, header
 
 SHARD_BYTES = 5 * 10**9
 HEAD = "lm_head.weight"
-INDEX, PRODUCER = "model.safetensors.index.json", "llmopt"
+INDEX = "model.safetensors.index.json"
 Types = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -70,14 +72,7 @@ class Plan:
         }
 
 
-def norm_shifts(program: Program) -> dict[str, float]:
-    """By the name of a norm's weight what is added to it (`ops.rms_norm`)."""
-    norms = [node for graph in program.graphs.values() for node in graph.calls("rms_norm")]
-    weights = ((argument(node, "weight", None), node) for node in norms)
-    return {str(w.target): float(argument(node, "shift", 0.0)) for w, node in weights if isinstance(w, fx.Node)}
-
-
-def plan(program: Program, shifts: Mapping[str, float], stored: Sequence[str]) -> Plan:
+def plan(program: Program, stored: Sequence[str]) -> Plan:
     """How the weights of the forward become the tensors `stored`, names of the checkpoint that the model came from.
 
     Raises InputError: the graph computes what a transformers model of this kind does not.
@@ -105,7 +100,7 @@ def plan(program: Program, shifts: Mapping[str, float], stored: Sequence[str]) -
                 made.plain += [key.removesuffix(".weight") for key, _ in pieces]
     for key in stored:
         if key not in taken:
-            made.items.append(_neutral(program, key, shifts))
+            made.items.append(_neutral(program, key))
     tables = {_read(node, 0) for node in graph.calls("aten.embedding")}
     if any(_read(node, 1) in tables for node in graph.calls("linear")):
         made.plain.append(HEAD.removesuffix(".weight"))
@@ -180,24 +175,51 @@ def _quantised(program: Program, name: str, node: fx.Node, pieces: Sequence[tupl
     return Item(types, lambda: split({part: program.weights[f"{name}.{part}"].load() for part in held}))
 
 
-def _neutral(program: Program, key: str, shifts: Mapping[str, float]) -> Item:
+def _neutral(program: Program, key: str) -> Item:
     """What a norm has whose own weight was folded into the products behind it."""
     weight = program.weights.get(key)
-    if weight is None or key not in shifts:
+    if weight is None or key not in program.neutral:
         raise InputError(
             f"tensor {key!r} of the checkpoint is in no weight of the program; wanted a model whose every tensor is "
             "read, or a norm's"
         )
     shape, dtype = weight.shape, weight.dtype
-    return Item({key: (shape, dtype)}, lambda: {key: torch.full(shape, 1.0 - shifts[key], dtype=dtype)})
+    return Item({key: (shape, dtype)}, lambda: {key: torch.full(shape, program.neutral[key], dtype=dtype)})
 
 
-def write(made: Plan, config: Mapping[str, Any], files: Mapping[str, bytes], out: Path) -> dict[str, int]:
-    """Write the checkpoint to the folder `out`, whole or not at all; bytes of tensors and files of them.
+def write_checkpoint(program: Program, out: Path, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a program as a checkpoint to the folder `out`, whole or not at all; what it holds.
 
-    `config` is that of config.json without quantization, `files` are others, by name. A checkpoint that this wrote
-    earlier is replaced at the very end. Raises ArtifactError: something else is there, other checkpoints too, the disk
-    is full, no permission.
+    Raises InputError (not a transformers model, what the format cannot say) and ArtifactError (the folder).
+    """
+    if program.facts.config is None:
+        raise InputError(
+            f"{program.facts.name} is no transformers model, and a checkpoint is loaded by one; export --to onnx"
+        )
+    config = json.loads(program.facts.config)
+    made = plan(program, stored_names(config))
+    config["dtype"] = str(program.facts.dtype).removeprefix("torch.")
+    held = write(made, config, companions(program.facts.tokenizer), out, told)
+    return {**held, "modules": sum(map(len, made.groups.values()))}
+
+
+def stored_names(config: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors that a checkpoint of a model with this config holds; tied ones once."""
+    given = dict(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(given.pop("model_type"), **given))
+    model.tie_weights()
+    names = [name for name, _ in model.named_parameters()]
+    return names + [name for name, _ in model.named_buffers() if name in model.state_dict()]
+
+
+def write(
+    made: Plan, config: Mapping[str, Any], files: Mapping[str, bytes], out: Path, told: Mapping[str, Any]
+) -> dict[str, int]:
+    """Write a plan to the folder `out`; bytes of tensors, files and tensors.
+
+    `config` is that of config.json without quantization, `files` are others, by name, `told` goes into the receipt.
+    Raises ArtifactError: something that no export wrote is there, the disk is full, no permission.
     """
     quantization = made.config()
     whole = {**config, **({"quantization_config": quantization} if quantization else {})}
@@ -205,7 +227,8 @@ def write(made: Plan, config: Mapping[str, Any], files: Mapping[str, bytes], out
         whole["tie_word_embeddings"] = False
     groups = _shards(made.items)
     where: dict[str, str] = {}
-    with replacing(out, _foreign) as new:
+    size = sum(_size(item) for item in made.items)
+    with export_folder(out, told) as new:
         folder = Folder(new)
         for number, items in enumerate(groups, 1):
             file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
@@ -217,12 +240,10 @@ def write(made: Plan, config: Mapping[str, Any], files: Mapping[str, bytes], out
                     tensors = item.make()
                     for name in item.types:
                         put(bytes_of(tensors[name]))
-        size = sum(_size(item) for item in made.items)
         for name, data in files.items():
             folder.add(name, data)
         folder.add("config.json", json.dumps(whole, indent=2) + "\n")
-        told = {"total_size": size, "producer": PRODUCER, "files": [*sorted(files), "config.json", INDEX]}
-        folder.add(INDEX, json.dumps({"metadata": told, "weight_map": where}, indent=1) + "\n")
+        folder.add(INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1) + "\n")
     return {"bytes": size, "files": len(groups), "tensors": len(where)}
 
 
@@ -240,17 +261,3 @@ def _shards(items: Sequence[Item]) -> list[list[Item]]:
 
 def _size(item: Item) -> int:
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in item.types.values())
-
-
-def _foreign(path: Path) -> str | None:
-    """Why a folder may not be replaced: `write` did not write it, or it holds more."""
-    try:
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        ours = index["metadata"]["producer"] == PRODUCER
-        files = {*index["metadata"]["files"], *index["weight_map"].values()}
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        return "what is there was not written by `llmopt export`"
-    extra = [p for p in path.rglob("*") if p.relative_to(path).as_posix() not in files]
-    return f"the checkpoint there also holds {str(min(extra))!r}, which is not part of it" if extra else None

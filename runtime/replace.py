@@ -28,7 +28,7 @@ _FULL = {
     errno.EFBIG: "a file is too large",
 }
 _FORBIDDEN = {errno.EACCES: "no permission", errno.EPERM: "no permission", errno.EROFS: "the file system is read-only"}
-_UNDONE = "what was written is removed again, an older artifact is whole"
+_UNDONE = "what was written is removed again, what was there before is whole"
 
 
 class Folder:
@@ -63,18 +63,18 @@ class Folder:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, may_replace: Callable[[Path], str | None]) -> Iterator[Path]:
+def replacing(path: Path, may_replace: Callable[[Path], str | None], what: str = "artifact") -> Iterator[Path]:
     """Yield a new empty folder that takes the place of `path` when the block ends, and is removed if it raises.
 
-    `may_replace(path)` says why an existing path must stay (None: it may go); an empty folder may always go. Raises
-    ArtifactError, also in place of an OSError from within the block.
+    `may_replace(path)` says why an existing path must stay (None: it may go); an empty folder may always go. `what`
+    is what errors call it. Raises ArtifactError, also in place of an OSError from within the block.
     """
     path = Path(os.path.realpath(path))
     try:
         reason = _obstacle(path, may_replace)
         if reason is not None:
             raise ArtifactError(
-                f"artifact {str(path)!r} cannot be saved: {reason}; nothing was changed: choose another path"
+                f"{what} {str(path)!r} cannot be saved: {reason}; nothing was changed: choose another path"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         settle(path)
@@ -88,7 +88,7 @@ def replacing(path: Path, may_replace: Callable[[Path], str | None]) -> Iterator
             finally:
                 shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
-        raise ArtifactError(f"artifact {str(path)!r} cannot be saved: {_explained(error)}") from error
+        raise ArtifactError(f"{what} {str(path)!r} cannot be saved: {_explained(error)}") from error
 
 
 def settle(path: Path) -> Path:

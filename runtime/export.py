@@ -1,0 +1,47 @@
+"""A model in another project's format: which formats there are, and what each takes of a program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmopt.compiler.errors import InputError, did_you_mean
+from llmopt.compiler.program import Program
+from llmopt.compiler.recipe import Recipe
+
+FORMATS = ("onnx", "genai", "compressed-tensors")
+# passes that make what only llmopt's runtime has; the graph `forward` is the same without them
+RUNTIME = frozenset({"insert-kv-cache", "quantize-kv", "fuse", "lower"})
+
+
+def check_format(to: str, settings: Mapping[str, Any]) -> None:
+    """Raises InputError: `to` is no format, or has no such settings."""
+    if to not in FORMATS:
+        raise InputError(f"--to {to!r} is no format; {did_you_mean(to, FORMATS)}")
+    if settings and to not in ("onnx", "genai"):
+        names = " and ".join("--" + name.replace("_", "-") for name in settings)
+        raise InputError(f"{names} says how an ONNX graph is made, and --to {to} makes none; leave it out")
+
+
+def export(program: Program, recipe: Recipe, to: str, out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a program, behind the passes of its recipe, to the folder `out`; what was written.
+
+    `settings` are those of `codegen.onnx.options.OnnxOptions` that are not the format's defaults. Raises InputError
+    (an unknown format or setting, what the format cannot say, a package is missing) and ArtifactError (the folder).
+    """
+    check_format(to, settings)
+    if any(spec.name == "quantize-kv" for spec in recipe.passes):
+        raise InputError(
+            f"recipe {recipe.name!r} packs keys and values with scales of each token, which {to} does not hold (what "
+            "runs it decides on its cache); leave the recipe's -kv part out"
+        )
+    told = {"format": to, "recipe": recipe.name}
+    if to == "compressed-tensors":
+        from llmopt.runtime.export_checkpoint import write_checkpoint
+
+        return write_checkpoint(program, out, told)
+    from llmopt.runtime.export_onnx import onnx_options, write_onnx
+
+    options = onnx_options(to, settings)
+    return write_onnx(program, options, out, to == "genai", told)
