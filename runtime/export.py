@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from llmopt.codegen.onnx.options import OnnxOptions
 from llmopt.compiler.errors import InputError, did_you_mean
 from llmopt.compiler.program import Program
 from llmopt.compiler.recipe import Recipe
@@ -19,7 +21,9 @@ def check_format(to: str, settings: Mapping[str, Any]) -> None:
     """Raises InputError: `to` is no format, or has no such settings."""
     if to not in FORMATS:
         raise InputError(f"--to {to!r} is no format; {did_you_mean(to, FORMATS)}")
-    if settings and to not in ("onnx", "genai"):
+    if to in ("onnx", "genai"):
+        onnx_options(to, settings)
+    elif settings:
         names = " and ".join("--" + name.replace("_", "-") for name in settings)
         raise InputError(f"{names} says how an ONNX graph is made, and --to {to} makes none; leave it out")
 
@@ -41,7 +45,17 @@ def export(program: Program, recipe: Recipe, to: str, out: Path, settings: Mappi
         from llmopt.runtime.export_checkpoint import write_checkpoint
 
         return write_checkpoint(program, out, told)
-    from llmopt.runtime.export_onnx import onnx_options, write_onnx
+    from llmopt.runtime.export_onnx import write_onnx
 
-    options = onnx_options(to, settings)
-    return write_onnx(program, options, out, to == "genai", told)
+    return write_onnx(program, onnx_options(to, settings), out, to == "genai", told)
+
+
+def onnx_options(to: str, settings: Mapping[str, Any]) -> OnnxOptions:
+    """Those given, and the format's defaults: a GenAI folder shares its cache with GroupQueryAttention."""
+    if to == "genai" and not settings.get("cache", True):
+        raise InputError("--to genai generates with a cache; leave out --no-cache, or export --to onnx")
+    known = {field.name for field in fields(OnnxOptions)}
+    for name in settings:
+        if name not in known:
+            raise InputError(f"an ONNX graph has no setting {name!r}; {did_you_mean(name, known)}")
+    return OnnxOptions(**{**({"attention": "gqa"} if to == "genai" else {}), **settings})

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from llmopt.codegen.onnx.options import OnnxOptions
 from llmopt.compiler.errors import InputError, VerifyError
 from llmopt.compiler.graph import Graph
 from llmopt.compiler.program import ModelFacts, Program
@@ -22,21 +22,9 @@ from llmopt.runtime.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from llmopt.codegen.onnx.options import OnnxOptions
-
 MODEL, DATA = "model.onnx", "model.onnx.data"
 EXTERNAL_BYTES = 100 * 2**20  # a file that is one message has to fit in memory several times, and in 2 GB
 ALIGNMENT = 2**16  # what any system maps files at
-
-
-def onnx_options(to: str, settings: Mapping[str, Any]) -> OnnxOptions:
-    """Those given, and the format's defaults: a GenAI folder shares its cache with GroupQueryAttention."""
-    from llmopt.codegen.onnx.options import OnnxOptions
-
-    options = OnnxOptions(**{**({"attention": "gqa"} if to == "genai" else {}), **settings})
-    if to == "genai" and not options.cache:
-        raise InputError("--to genai generates with a cache; leave out --no-cache, or export --to onnx")
-    return options
 
 
 def write_onnx(program: Program, options: OnnxOptions, out: Path, genai: bool, told: dict[str, Any]) -> dict[str, Any]:

@@ -124,6 +124,11 @@ def _grouped(e: Emitter, node: fx.Node, flat: list[ir.Value]) -> ir.Value:
             f"attention at {where(node)} has keys of {k[3]} channels and values of {v[3]}, and GroupQueryAttention has "
             "one number for both; take --attention standard"
         )
+    if k[3] % 8:
+        raise InputError(
+            f"attention at {where(node)} has heads of {k[3]} channels, and GroupQueryAttention wants multiples of 8; "
+            "take --attention standard"
+        )
     past = [e.once["past"][node, name] for name in KEYS]
     given = [*flat, *past, *_lengths(e), None, None, None, None, *([] if sinks is None else [e(sinks)])]
     while given[-1] is None:

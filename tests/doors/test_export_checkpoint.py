@@ -184,7 +184,7 @@ def test_what_the_format_cannot_say(sources: dict[str, Path], tmp_path: Path) ->
         assert said in " ".join(exported(source, recipe, out).split())
         assert not out.exists()
     with pytest.raises(InputError, match="--to 'onx' is no format"):
-        export(str(source), "onx", out, Wanted("fp8"), as_json=False)
+        export(str(source), "onx", out, {}, Wanted("fp8"), as_json=False)
 
 
 def test_what_stands_in_the_way(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path) -> None:
 
     good = Item({"a": ((2,), torch.float32)}, lambda: {"a": torch.ones(2)})
     with pytest.raises(ArtifactError, match="no more"):
-        write(Plan([good, Item({"b": ((2,), torch.float32)}, fail)]), {}, {}, tmp_path / "out")
+        write(Plan([good, Item({"b": ((2,), torch.float32)}, fail)]), {}, {}, tmp_path / "out", {})
     assert not list(tmp_path.iterdir())
 
 
@@ -216,7 +216,7 @@ def test_large_checkpoints_have_several_files(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(export_checkpoint, "SHARD_BYTES", 20)
     tensors = {name: torch.full((3,), value) for value, name in enumerate("abcd", 1)}
     items = [Item({n: ((3,), torch.int64)}, lambda n=n: {n: tensors[n]}) for n in tensors]
-    told = write(Plan(items), {"model_type": "llama"}, {}, tmp_path / "out")
+    told = write(Plan(items), {"model_type": "llama"}, {}, tmp_path / "out", {})
     assert told == {"bytes": 96, "files": 4, "tensors": 4}
     assert {name: tensor.tolist() for name, tensor in read(tmp_path / "out").items()} == {
         name: tensor.tolist() for name, tensor in tensors.items()

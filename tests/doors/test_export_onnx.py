@@ -1,0 +1,328 @@
+"""`llmopt export --to onnx`: ONNX Runtime computes what the compiled model does, with and without a cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from onnx_runtime import greedy, logits
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import llmopt
+from llmopt.cli import app
+from llmopt.compiler.errors import InputError
+from llmopt.compiler.quant import scheme_of
+from llmopt.compiler.quant.packing import unpack
+from llmopt.compiler.quant.schemes import SCHEMES
+from llmopt.compiler.recipe import PassSpec, Recipe
+from llmopt.runtime import export_onnx
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "models"
+PICO = Path(__file__).parents[2] / "examples" / "models" / "pico-llama-4m"
+SIZES = {
+    "vocab_size": 96, "hidden_size": 72, "intermediate_size": 200, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0,
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "head_dim": 16},
+    "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 5},  # softcaps, and every second layer sees 5 tokens
+    "gemma3_text": {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi": {"hidden_size": 64},  # half of each head turned, layer norms, biases
+    "phi3": {"hidden_size": 64},
+    "gpt2": {
+        "hidden_size": 64,
+        "n_positions": 64,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+FORMS = [{"cache": False}, {}, {"attention": "gqa"}]
+IDS = torch.randint(1, 96, (3, 11), generator=torch.Generator().manual_seed(1))
+PROMPTS = [[5, 17, 3, 80, 41, 9, 33], [12, 7, 64], [90, 2, 2, 51, 8]]
+
+
+def tiny(kind: str, **more: Any) -> nn.Module:
+    """A small model with weights that matter."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **KINDS[kind], **more})).eval()
+    for weight in model.parameters():
+        if weight.dim() == 1:
+            weight.data += torch.randn_like(weight) * 0.3
+    return model
+
+
+def with_weights(scheme: str, activations: str = "") -> Recipe:
+    """The default recipe that quantises to a scheme."""
+    recipe = Recipe.parse("int4")
+    options = {"weights": scheme, **({"activations": activations} if activations else {})}
+    passes = tuple(PassSpec.of("quantize", **options) if s.name == "quantize" else s for s in recipe.passes)
+    return Recipe(scheme, passes)
+
+
+def off(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+def checked(folder: Path) -> onnx.ModelProto:
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    return onnx.load(str(folder / "model.onnx"), load_external_data=False)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_logits_of_architectures(kind: str, tmp_path: Path) -> None:
+    model = tiny(kind)
+    compiled = llmopt.compile(model, target="cpu:generic")
+    with torch.no_grad():
+        want = model(IDS).logits
+    for number, form in enumerate(FORMS):
+        out = compiled.export(tmp_path / str(number), "onnx", **form)
+        checked(out)
+        for rows in (1, 3):
+            # GroupQueryAttention takes several tokens only where none came before
+            steps = () if form.get("cache") is False else (5, 1, 1, 4) if not form else (7, 1, 1, 1, 1)
+            assert off(logits(out, IDS[:rows], steps), want[:rows]) < 2e-6
+
+
+MODELS = ("small-llama-28m", "pico-llama-4m", "qwen3", "gemma", "phi")
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [*((model, recipe) for model in MODELS for recipe in ("default", "int4")), ("pico-llama-4m", "int4-asym")],
+)
+def test_greedy_tokens(model: str, recipe: str, tmp_path: Path) -> None:
+    """Prompts of three lengths, alone and in one batch; the fp32 graphs also in one call without a cache."""
+    if "llama" in model:
+        folder = SHARED / model
+        source: Any = str(folder if folder.is_dir() else PICO)
+    else:
+        source = tiny(model, hidden_size=128)
+    plainly = replace(Recipe.parse(recipe), providers=("reference",))
+    compiled = llmopt.compile(source, recipe=plainly, target="cpu:generic", dtype="float32")
+    want = compiled.generate(PROMPTS, max_new_tokens=12, ignore_eos=True)
+    for form in FORMS[1:]:
+        out = compiled.export(tmp_path / "cached", "onnx", **form)
+        checked(out)
+        assert greedy(out, PROMPTS, 12, right=bool(form)) == want
+        assert greedy(out, PROMPTS[:1], 12, right=bool(form)) == want[:1]
+    out = compiled.export(tmp_path / "whole", "onnx", cache=False)
+    for prompt, made in zip(PROMPTS, want, strict=True):
+        ids = torch.tensor([prompt + made[:-1]])
+        assert logits(out, ids)[0, len(prompt) - 1 :].argmax(-1).tolist() == made
+
+
+@pytest.mark.parametrize("form", ["portable", "function", "standard"])
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_every_scheme(scheme: str, form: str, tmp_path: Path) -> None:
+    """72 and 200 columns are no whole groups. What ONNX Runtime has no kernels for runs in ONNX's reference."""
+    compiled = llmopt.compile(tiny("qwen3"), recipe=with_weights(scheme), target="cpu:generic")
+    if form == "standard" and scheme.startswith("mxfp6"):
+        with pytest.raises(InputError, match=r"q_proj.*ONNX has no type for e\dm\d; take --weights portable"):
+            compiled.export(tmp_path / "out", "onnx", weights=form)
+        assert not list(tmp_path.iterdir())
+        return
+    out = compiled.export(tmp_path / "out", "onnx", weights=form, cache=False)
+    model = checked(out)
+    if form == "standard" and scheme in ("nvfp4", "mxfp4", "mxfp8"):
+        positions = torch.arange(11).expand(3, 11).contiguous().numpy()
+        given = {"input_ids": IDS.numpy(), "position_ids": positions}
+        got = torch.from_numpy(ReferenceEvaluator(model).run(None, given)[0])
+    else:
+        got = logits(out, IDS)
+    assert off(got, compiled(IDS)) < 2e-6
+    if form == "function":
+        assert [f.name for f in model.functions] == [f"{scheme}_linear"]
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("int4_g32", 4), ("int4_g128_asym", 4), ("int8", 8), ("nvfp4", 8)])
+def test_codes_are_the_program_s(scheme: str, bits: int, tmp_path: Path) -> None:
+    compiled = llmopt.compile(tiny("phi"), recipe=with_weights(scheme), target="cpu:generic")
+    out = compiled.export(tmp_path / "out", "onnx")
+    found = {value.name: value.const_value for value in ir.load(out / "model.onnx").graph.initializers.values()}
+    weights, kind = compiled.program.weights, scheme_of(scheme)
+    names = [name.removesuffix(".packed") for name in weights if name.endswith(".packed")]
+    assert len(names) == 6
+    for name in names:
+        codes = unpack(weights[f"{name}.packed"].load(), kind.element.bits, kind.padded(weights[name].shape[1]))
+        theirs = torch.from_numpy(found[f"{name}.codes"].numpy().copy()).flatten(1)
+        got = theirs if bits == 8 else unpack(theirs, 4, codes.shape[1])
+        want = kind.element.decode(codes) * 2 + 128 if kind.element.is_float else codes
+        assert torch.equal(got[:, : codes.shape[1]].float(), want.float())
+        assert (got[:, codes.shape[1] :] == 128).all()
+    wanted = ["layers.0.mlp.fc2", "MatMulNBits"]
+    nodes = [n for n in ir.load(out / "model.onnx").graph if n.op_type == wanted[1] and wanted[0] in str(n.name)]
+    assert [n.attributes["bits"].value for n in nodes] == [bits]
+
+
+@pytest.mark.parametrize(("weights", "activations"), [("int8", "int8"), ("fp8_channel", "fp8_channel"), ("fp8", "fp8")])
+def test_rounded_activations(weights: str, activations: str, tmp_path: Path) -> None:
+    """In bits, but for the few that a product's last bit moves over the middle between two codes."""
+    compiled = llmopt.compile(tiny("qwen3"), recipe=with_weights(weights, activations), target="cpu:generic")
+    out = compiled.export(tmp_path / "out", "onnx", cache=False)
+    assert off(logits(out, IDS), compiled(IDS)) < 5e-3
+    plain = llmopt.compile(tiny("qwen3"), recipe=with_weights(weights), target="cpu:generic")
+    assert off(logits(out, IDS), plain(IDS)) > 5e-3
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    compiled = llmopt.compile(tiny("gemma").half(), recipe="int4", target="cpu:generic")
+    out = compiled.export(tmp_path / "out", "onnx", attention="gqa")
+    assert off(logits(out, IDS, (8, 1, 1, 1)).float(), compiled(IDS).float()) < 2e-2
+    assert {value.dtype for value in ir.load(out / "model.onnx").graph.outputs} == {ir.DataType.FLOAT16}
+
+
+class Own(nn.Module):
+    """Numbers its tokens itself and uses an op that the exporter has no lowering of its own for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vocab_size, self.context_length = 64, 32
+        self.table, self.places = nn.Embedding(64, 32), nn.Embedding(32, 32)
+        self.qkv, self.out, self.head = nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(32, 64)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(input_ids) + self.places(torch.arange(input_ids.shape[1]))
+        q, k, v = self.qkv(x).view(*input_ids.shape, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        made = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(nn.functional.mish(x + self.out(made.transpose(1, 2).flatten(2))))
+
+
+class Shifted(Own):
+    """Each token also reads the one before it."""
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.roll(input_ids, 1, 1), position_ids)
+
+
+def test_a_module_of_one_s_own(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = Own().eval()
+    compiled = llmopt.compile(model, target="cpu:generic")
+    want = model(IDS % 64, IDS)
+    for number, form in enumerate(FORMS):
+        out = compiled.export(tmp_path / str(number), "onnx", **form)
+        assert off(logits(out, IDS % 64, (8, 1, 1, 1) if form.get("cache", True) else ()), want) < 2e-6
+
+
+def test_sinks(tmp_path: Path) -> None:
+    """GPT-OSS' attention in a module of one's own: GroupQueryAttention has sinks, Attention has none."""
+    torch.manual_seed(1)
+
+    class Sinks(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sinks = nn.Parameter(torch.randn(4))
+
+        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+            x = self.table(input_ids)
+            q, k, v = self.qkv(x).view(*input_ids.shape, 3, 4, 8).permute(2, 0, 3, 1, 4)
+            made = torch.ops.llmopt.attention(q, k, v, self.sinks, 0.35, 4, 0.0)
+            return self.head(self.out(made.transpose(1, 2).flatten(2)))
+
+    model = Sinks().eval()
+    compiled = llmopt.compile(model, target="cpu:generic")
+    with pytest.raises(InputError, match=r"has sinks, which ONNX's Attention does not; take --attention gqa"):
+        compiled.export(tmp_path / "out", "onnx")
+    out = compiled.export(tmp_path / "out", "onnx", attention="gqa")
+    assert off(logits(out, IDS % 64, (8, 1, 1, 1)), model(IDS % 64, IDS)) < 2e-6
+
+
+def test_what_grouped_query_attention_does_not_take(tmp_path: Path) -> None:
+    compiled = llmopt.compile(tiny("qwen3", head_dim=12), target="cpu:generic")
+    with pytest.raises(InputError, match=r"heads of 12 channels.*multiples of 8; take --attention standard"):
+        compiled.export(tmp_path / "out", "onnx", attention="gqa")
+
+
+def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = llmopt.compile(tiny("llama"), target="cpu:generic")
+    whole = compiled.export(tmp_path / "whole", "onnx", cache=False)
+    monkeypatch.setattr(export_onnx, "EXTERNAL_BYTES", 1000)
+    out = compiled.export(tmp_path / "out", "onnx", cache=False)
+    assert (out / "model.onnx.data").stat().st_size > 10 * (out / "model.onnx").stat().st_size
+    checked(out)
+    assert torch.equal(logits(out, IDS), logits(whole, IDS))
+    receipt = json.loads((out / "llmopt_export.json").read_text())
+    assert receipt["format"] == "onnx"
+    assert set(receipt["files"]) == {path.name for path in out.iterdir()}
+
+
+def test_the_graph_can_be_read(tmp_path: Path) -> None:
+    """Names of the model's modules, dynamic sizes by name, and no operator that nothing reads."""
+    out = llmopt.compile(tiny("qwen3"), recipe="int4", target="cpu:generic").export(tmp_path / "out", "onnx")
+    graph = ir.load(out / "model.onnx").graph
+    names = [str(node.name) for node in graph]
+    assert "layers.1.self_attn.o_proj/MatMulNBits" in " ".join(names)
+    assert graph.inputs[0].shape == ir.Shape(["batch", "sequence"])
+    assert graph.outputs[0].shape == ir.Shape(["batch", "sequence", 96])
+    assert graph.outputs[-1].name == "present.1.value"
+    assert sum(node.op_type == "Transpose" for node in graph) == 1  # the tied head's
+
+
+def run(*given: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["export", *given])
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_the_command(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, said = run(str(PICO), "--to", "onnx", "-r", "int4", "-o", str(out))
+    assert (code, "computes in float32" in said) == (0, True)
+    assert f"wrote {out}: onnx" in said
+    assert (out / "tokenizer.json").is_file()
+    code, said = run(str(PICO), "--to", "onnx", "-o", str(out), "--json")
+    assert json.loads(said[said.index("{") :])["opset"] == 23
+    assert checked(out)
+
+
+def test_an_artifact_leaves_as_the_model_would(tmp_path: Path) -> None:
+    compiled = llmopt.compile(str(PICO), recipe="rotate+int4", dtype="float32", target="cpu:generic")
+    want = compiled.export(tmp_path / "want", "onnx")
+    compiled.save(tmp_path / "artifact")
+    code, said = run(str(tmp_path / "artifact"), "--to", "onnx", "-o", str(tmp_path / "out"))
+    assert code == 0, said
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == (want / "model.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--to", "onx"], "--to 'onx' is no format; did you mean 'onnx'?"),
+        (["--to", "onnx", "--weights", "standart"], "--weights 'standart' is no form of weights"),
+        (["--to", "onnx", "--attention", "mha"], "--attention 'mha' is unknown"),
+        (["--to", "onnx", "--accuracy-level", "5"], "--accuracy-level 5 is none that MatMulNBits has"),
+        (["--to", "onnx", "--attention", "gqa", "--no-cache"], "GroupQueryAttention always has one"),
+        (["--to", "genai", "--no-cache"], "--to genai generates with a cache"),
+        (["--to", "onnx", "--dtype", "bfloat16"], "ONNX Runtime's CPU provider has no products"),
+        (["--to", "onnx", "-r", "w4a4"], "activations in nvfp4 cannot leave as ONNX"),
+        (["--to", "onnx", "-r", "int8-kv"], "leave the recipe's -kv part out"),
+        (["--to", "compressed-tensors", "--weights", "portable"], "--to compressed-tensors makes none"),
+    ],
+)
+def test_what_cannot_be_said(given: list[str], said: str, tmp_path: Path) -> None:
+    code, told = run(str(PICO), "-o", str(tmp_path / "out"), *given)
+    assert code == 2
+    assert said in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_mixes_tokens_has_no_cache(tmp_path: Path) -> None:
+    from llmopt.runtime.build import capture_any
+    from llmopt.runtime.export import export
+
+    program = capture_any(Shifted().eval())
+    with pytest.raises(InputError, match=r"(?s)cannot be given a KV cache; export it with --no-cache"):
+        export(program, Recipe.parse("default"), "onnx", tmp_path / "out", {})
