@@ -8,12 +8,13 @@ indices, so the window comes from what the mask really does, and a mask that is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -34,9 +35,11 @@ from llmopt.compiler.checkpoint import (
     generation_eos,
     read_config,
     stored_weight,
+    taken_quantization,
 )
 from llmopt.compiler.errors import CaptureError, InputError
 from llmopt.compiler.program import ModelFacts, Program, Weight, tensor_weight
+from llmopt.compiler.quant.compressed_read import coded_weights
 
 INTERFACE = "llmopt"
 
@@ -175,29 +178,63 @@ def capture_hf(source: str, dtype: torch.dtype | None = None) -> Program:
     quantised) or CaptureError.
     """
     config = read_config(source)
+    quantization = taken_quantization(config)
     wanted = dtype or checkpoint_dtype(config)
     facts = facts_of(config, wanted, source)
     eos = generation_eos(source)
     facts = facts if eos is None else replace(facts, eos_token_ids=eos)
     model = _empty_model(config, source, wanted)
+    if quantization is not None:
+        return _coded(source, model, quantization, facts)
     files = checkpoint_files(Path(source)) if Path(source).is_dir() else {}
     # names differ from the checkpoint's, or it lies in the hub's cache: transformers' own conversion
     if model is None or any(name not in files for name, _ in model.named_parameters()):
         return _loaded(source, wanted, facts)
 
+    program = _read(model, facts, files, {})
+    if any(w.note == "meta" for w in program.weights.values()):  # a constant made outside of the model's buffers
+        return _loaded(source, wanted, facts)
+    return program
+
+
+def _read(
+    model: PreTrainedModel, facts: ModelFacts, files: Mapping[str, Path], decoded: Mapping[str, Weight]
+) -> Program:
+    """The Program of an empty model, whose weights are `decoded` ones or lie in files."""
     computed = _buffers_to_meta(model)
 
     def weight(name: str, tensor: Tensor) -> Weight:
         key = name.removeprefix("model.")
+        if key in decoded:
+            return decoded[key]
         if key in files:
             return stored_weight(files[key], key, tensor)
         return _computed_weight(computed.get(key, tensor))
 
     with _swapped(model):
-        program = _strip(capture(_Forward(model), facts, weight))
-    if any(w.note == "meta" for w in program.weights.values()):  # a constant made outside of the model's buffers
-        return _loaded(source, wanted, facts)
+        return _strip(capture(_Forward(model), facts, weight))
+
+
+def _coded(source: str, model: PreTrainedModel | None, config: Mapping[str, Any], facts: ModelFacts) -> Program:
+    """The Program of a checkpoint that holds weights in codes. Raises InputError as `coded_weights`."""
+    folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=_CHECKPOINT))
+    files = checkpoint_files(folder)
+    try:
+        coded = {} if model is None else coded_weights(model, config, files, facts.dtype)
+    except InputError as error:
+        raise InputError(f"model {source!r}: {error}") from error
+    lacking = [] if model is None else [n for n, _ in model.named_parameters() if n not in files and n not in coded]
+    if model is None or lacking:
+        raise InputError(
+            f"model {source!r}: {lacking[0] if lacking else 'a computed buffer'} is not among its tensors under the "
+            "name that transformers' model has for it, and codes are read by name; use the checkpoint it was made from"
+        )
+    program = _read(model, facts, files, {name: weight for name, (weight, _) in coded.items()})
+    program.coded = {name: found for name, (_, found) in coded.items() if name in program.weights}
     return program
+
+
+_CHECKPOINT = ("*.safetensors", "*.json")
 
 
 def _loaded(source: str, dtype: torch.dtype, facts: ModelFacts) -> Program:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,12 @@ from llmopt.compiler.program import STORED_DTYPES, Weight, open_safetensors, saf
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
+QUANTIZED = ("compressed-tensors",)  # methods of `quantization_config` whose codes are read
+
+
 def read_config(source: str) -> PretrainedConfig:
-    """The config of a folder or hub id; InputError if there is none, or it is of a quantised checkpoint."""
+    """The config of a folder or hub id; InputError if there is none, or its weights are in codes that none of
+    QUANTIZED says."""
     path = Path(source)
     looks_local = source.startswith((".", "/", "~")) or path.exists()
     if looks_local and not (path / "config.json").is_file():
@@ -29,13 +34,21 @@ def read_config(source: str) -> PretrainedConfig:
             "with a valid config.json or a reachable hub id; check the path, or the network for a hub id"
         ) from error
     quantization = getattr(config, "quantization_config", None)
-    if quantization:
+    if quantization and dict(quantization).get("quant_method") not in QUANTIZED:
         method = dict(quantization).get("quant_method", "unknown method")
         raise InputError(
-            f"model {source!r}: a quantised checkpoint ({method}); wanted weights in {', '.join(DTYPES)}; "
-            "use the checkpoint it was made from"
+            f"model {source!r}: a quantised checkpoint ({method}); wanted weights in {', '.join(DTYPES)}, or in codes "
+            f"of {' or '.join(QUANTIZED)}; use the checkpoint it was made from"
         )
     return config
+
+
+def taken_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
+    """The checkpoint's `quantization_config`, None if it has none; the config is one without it afterwards."""
+    found = getattr(config, "quantization_config", None)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return dict(found) if found else None
 
 
 def _no_checkpoint(path: Path) -> str:

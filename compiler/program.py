@@ -18,6 +18,8 @@ from torch import Tensor
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.graph import Graph
 
+JOINED = "concat"  # the label of a Fold of weights one below another
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -39,6 +41,21 @@ class Weight:
         for size in self.shape:
             count *= size
         return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Coded:
+    """What a checkpoint holds of a weight in codes: `parts` as `quant.storage` names them, in `scheme`.
+
+    `activations` is the scheme that what it multiplies is rounded to, `shared` a global scale. Without a scheme there
+    are no codes here, and `notes` say why.
+    """
+
+    scheme: str
+    activations: str
+    shared: float | None
+    parts: Mapping[str, Weight]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,7 +144,7 @@ class Program:
 
     `near_pages`: how many pages a sequence has beside those of its tokens, at the end of its block table
     (`compiler.quant.near`). `neutral`: of norms' weights that were folded into products, the number that makes such a
-    norm do nothing but normalise.
+    norm do nothing but normalise. `coded`: the weights that the checkpoint holds in codes, which `weights` has decoded.
     """
 
     graphs: dict[str, Graph]
@@ -138,6 +155,7 @@ class Program:
     choices: dict[str, Any] = field(default_factory=dict)
     near_pages: int = 0
     neutral: dict[str, float] = field(default_factory=dict)
+    coded: dict[str, Coded] = field(default_factory=dict)
 
     def graph(self, name: str) -> Graph:
         """The graph of this name; an error that lists the names there are."""
@@ -159,6 +177,16 @@ class Program:
         inputs = self.weights[name].inputs
         return [origin for source in inputs for origin in self.origins(source)] if inputs else [name]
 
+    def is_joined(self, name: str) -> bool:
+        """Is a weight one of the checkpoint's, or several of them one below another?"""
+        weight = self.weights[name]
+        return not weight.inputs or weight.note == f"{JOINED}({', '.join(weight.inputs)})"
+
+    def same_codes(self, name: str) -> Any:
+        """What weights have in common whose codes can be joined; None of a weight without codes."""
+        coded = self.coded.get(name)
+        return None if coded is None else (coded.scheme, coded.activations, coded.shared)
+
     def used_weights(self) -> Mapping[str, Weight]:
         """The weights some graph still reads, in first-use order."""
         used: dict[str, Weight] = {}
@@ -175,4 +203,5 @@ class Program:
             weights=dict(self.weights),
             choices=dict(self.choices),
             neutral=dict(self.neutral),
+            coded=dict(self.coded),
         )

@@ -25,7 +25,7 @@ from llmopt.compiler import ops
 from llmopt.compiler._torch import faking
 from llmopt.compiler.graph import Graph, origin, target_name
 from llmopt.compiler.pipeline import Context, Pass, PassStats
-from llmopt.compiler.program import Fold, Program
+from llmopt.compiler.program import JOINED, Fold, Program
 from llmopt.compiler.rewrite import apply_rules
 from llmopt.compiler.simplify import is_impure, simplify
 from llmopt.passes.raise_aten import weight_rules
@@ -135,7 +135,8 @@ def merge_linears(graph: Graph, program: Program, stats: PassStats, context: Con
     for node in graph.calls("linear"):
         x, weight, bias = (*node.args, None)[:3]
         if all(isinstance(w, fx.Node) and w.op == "get_attr" for w in (weight, bias) if w is not None):
-            groups[x, bias is None, node.args[1].meta["val"].dtype].append(node)  # type: ignore[union-attr]
+            held: Any = node.args[1]
+            groups[x, bias is None, held.meta["val"].dtype, program.same_codes(str(held.target))].append(node)
     for nodes in groups.values():
         allowed = context.rewrites_left is None or context.rewrites_left > 0
         if len(nodes) > 1 and len({n.args[1] for n in nodes}) == len(nodes) and allowed:
@@ -173,7 +174,7 @@ def _concat(graph: Graph, before: fx.Node, parts: list[Any], program: Program) -
     name = _joined(names)
     shape = (rows, *(int(s) for s in value.shape[1:]))
     if name not in program.weights:
-        program.fold(Fold(name, tuple(names), lambda *t: torch.cat(t), shape, value.dtype, "concat"))
+        program.fold(Fold(name, tuple(names), lambda *t: torch.cat(t), shape, value.dtype, JOINED))
     with graph.fx.inserting_before(before):
         node = graph.fx.create_node("get_attr", name)
     node.meta.update(val=value.new_empty(shape), origin=origin(before).touched("merge-linears"))

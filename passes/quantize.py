@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from llmopt.compiler import ops
@@ -27,10 +26,18 @@ from llmopt.compiler.errors import InputError, PassMatchedNothing
 from llmopt.compiler.graph import Graph, origin, where
 from llmopt.compiler.pipeline import Approx, Context, Pass, PassStats
 from llmopt.compiler.program import Program
-from llmopt.compiler.quant.storage import PARTS
 from llmopt.passes.products import check_patterns, head_of, known_names, missed, names_of, operand
 from llmopt.passes.quantize_options import LEFT_OUT, Choice, Format, QuantizeOptions, rule_for
-from llmopt.passes.quantized_weights import PLAIN, Budget, Maker, mixed, store, told_averages, told_few
+from llmopt.passes.quantized_weights import (
+    PLAIN,
+    Budget,
+    Maker,
+    mixed,
+    store,
+    to_quantized,
+    told_averages,
+    told_few,
+)
 
 UNQUANTISED = "unquantised"
 HEAD = "makes the logits, and lm_head is not set"
@@ -136,24 +143,19 @@ class Quantize(QuantizeOptions, Pass):
     def _rewrite(
         self, graph: Graph, node: fx.Node, program: Program, wanted: Format, maker: Maker | None, stats: PassStats
     ) -> None:
-        x, weight, bias = (*node.args, None)[:3]
-        assert isinstance(weight, fx.Node)
-        name = str(weight.target)
-        if maker is not None and f"{name}.packed" not in program.weights:
-            store(program, name, wanted.weights, maker, stats.figures.setdefault(name, {}))
-        with graph.fx.inserting_before(node):
-            if maker is not None:
-                parts = [_read(graph, program, node, f"{name}.{part}") for part in PARTS]
-                args, op = (x, *parts, bias, wanted.weights, wanted.activations), ops.quantized_linear
-            else:  # the weight may change later
-                rule = rule_for(self.scale, wanted.weights)
-                args, op = (x, weight, bias, wanted.weights, wanted.activations, rule), ops.rounded_linear
-            made = graph.call(op.overload, args, node, self.name)
-        made.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(made)
-        graph.fx.erase_node(node)
-        if not weight.users:
-            graph.fx.erase_node(weight)
+        name = str(operand(node).target)
+        if maker is not None:
+            if f"{name}.packed" not in program.weights:
+                store(program, name, wanted.weights, maker, stats.figures.setdefault(name, {}))
+            made = to_quantized(graph, program, node, name, (wanted.weights, wanted.activations), self.name)
+        else:  # the weight may change later
+            x, weight, bias = (*node.args, None)[:3]
+            args = (x, weight, bias, wanted.weights, wanted.activations, rule_for(self.scale, wanted.weights))
+            with graph.fx.inserting_before(node):
+                made = graph.call(ops.rounded_linear.overload, args, node, self.name)
+            made.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(made)
+            graph.fx.erase_node(node)
         stats.record("quantize-linear", made.name, origin(made).source)
 
 
@@ -169,16 +171,3 @@ def _nothing(context: Context, stats: PassStats) -> None:
     missed_some = any(rule == UNQUANTISED for rule, _ in stats.rejected)  # which tell of themselves
     if not context.fold_weights and not missed_some and set(reasons) - set(LEFT_OUT):
         stats.notes.append(f"pass 'quantize' rewrote nothing: {said}")
-
-
-def _read(graph: Graph, program: Program, before: fx.Node, name: str) -> fx.Node | None:
-    """A read of the weight `name`, None if the program has none of that name."""
-    weight = program.weights.get(name)
-    if weight is None:
-        return None
-    assert graph.symbols is not None
-    node = graph.fx.create_node("get_attr", name)
-    with graph.symbols.mode:
-        node.meta["val"] = torch.empty(weight.shape, dtype=weight.dtype)
-    node.meta["origin"] = origin(before).touched(Quantize.name)
-    return node

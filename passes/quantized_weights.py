@@ -9,15 +9,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
+from llmopt.compiler import ops
 from llmopt.compiler.calibration_statistics import Statistics
 from llmopt.compiler.errors import InputError
+from llmopt.compiler.graph import Graph, origin
 from llmopt.compiler.program import Program, Weight
 from llmopt.compiler.quant import QuantizedTensor, quantize, scheme_of
 from llmopt.compiler.quant.allocate import allocate, check_budget
 from llmopt.compiler.quant.gptq import gptq, output_error
-from llmopt.compiler.quant.storage import parts_of, types_of
+from llmopt.compiler.quant.storage import PARTS, parts_of, types_of
 from llmopt.passes.quantize_options import rule_for
 
 PLAIN = "unquantised"
@@ -108,6 +111,39 @@ def store(program: Program, name: str, scheme: str, maker: Maker, figures: dict[
         program.weights[f"{name}.{part}"] = made
     now = sum(program.weights[f"{name}.{part}"].nbytes for part in found)
     figures.update(scheme=scheme, bytes=now, bytes_before=source.nbytes)
+
+
+def to_quantized(
+    graph: Graph, program: Program, node: fx.Node, name: str, schemes: tuple[str, str], rule: str
+) -> fx.Node:
+    """Put a product with the parts of the weight `name`, which the program has, in the place of a linear; the product.
+
+    `schemes` are the weight's and that of activations.
+    """
+    x, weight, bias = (*node.args, None)[:3]
+    assert isinstance(weight, fx.Node)
+    with graph.fx.inserting_before(node):
+        parts = [_read(graph, program, node, f"{name}.{part}", rule) for part in PARTS]
+        made = graph.call(ops.quantized_linear.overload, (x, *parts, bias, *schemes), node, rule)
+    made.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(made)
+    graph.fx.erase_node(node)
+    if not weight.users:
+        graph.fx.erase_node(weight)
+    return made
+
+
+def _read(graph: Graph, program: Program, before: fx.Node, name: str, rule: str) -> fx.Node | None:
+    """A read of the weight `name`, None if the program has none of that name."""
+    weight = program.weights.get(name)
+    if weight is None:
+        return None
+    assert graph.symbols is not None
+    node = graph.fx.create_node("get_attr", name)
+    with graph.symbols.mode:
+        node.meta["val"] = torch.empty(weight.shape, dtype=weight.dtype)
+    node.meta["origin"] = origin(before).touched(rule)
+    return node
 
 
 def stored_bits(scheme: str, shape: tuple[int, ...]) -> int:

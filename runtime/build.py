@@ -23,9 +23,9 @@ from llmopt.compiler.checkpoint import DTYPES
 from llmopt.compiler.errors import InputError, did_you_mean
 from llmopt.compiler.pipeline import Context, Hook, Pipeline, hooks_from_knobs
 from llmopt.compiler.program import ModelFacts, Program
-from llmopt.compiler.recipe import Recipe
+from llmopt.compiler.recipe import PassSpec, Recipe
 from llmopt.compiler.target import Target
-from llmopt.passes import PASSES
+from llmopt.passes import PASSES, KeepCodes
 from llmopt.runtime.report import Report
 from llmopt.runtime.tokenizer import load_tokenizer
 
@@ -107,6 +107,15 @@ def facts_from(source: nn.Module | ExportedProgram) -> ModelFacts:
     return ModelFacts(type(source).__name__, int(vocab), int(context or min(learned, default=2048)), (), dtype)
 
 
+def keeping_codes(recipe: Recipe) -> Recipe:
+    """The recipe with `keep-codes`, for a model whose checkpoint holds codes: behind the structural passes."""
+    names = [spec.name for spec in recipe.passes]
+    if KeepCodes.name in names:
+        return recipe
+    at = next((i for i, name in enumerate(names) if name in ("quantize", "quantize-kv", "fuse", "lower")), len(names))
+    return replace(recipe, passes=(*recipe.passes[:at], PassSpec(KeepCodes.name), *recipe.passes[at:]))
+
+
 def build(
     source: Source | Program,
     recipe: Recipe | str = "default",
@@ -130,13 +139,16 @@ def build(
         progress("calibration")
         return calibration(program, second_moments)
 
-    context = Context(target, recipe, knobs.bisect(), calibrate=None if calibration is None else statistics)
     report = Report()
     started = time.perf_counter()
     progress("capture")
     wanted = dtype or recipe.dtype
     program = source.copy() if isinstance(source, Program) else capture_any(source, wanted, facts)
     report.seconds["capture"] = time.perf_counter() - started
+    if program.coded:
+        recipe = keeping_codes(recipe)
+        passes = recipe.build(PASSES)
+    context = Context(target, recipe, knobs.bisect(), calibrate=None if calibration is None else statistics)
     pipeline = Pipeline(passes, [*hooks_from_knobs(), *hooks], report.passes)
     for item in passes:
         progress(item.name)

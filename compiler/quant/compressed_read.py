@@ -1,0 +1,234 @@
+"""Checkpoints in compressed-tensors: which weights are held in codes, and how those become ours.
+
+compressed-tensors itself reads `quantization_config` and says which modules it is about. Codes of schemes that there
+are here are kept, bit for bit; weights in others are restored by compressed-tensors when they are read, and a note says
+why. Nothing but shapes is read here, except scales that would have to fit in fewer bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.compiler.errors import InputError
+from llmopt.compiler.program import Coded, Weight, safetensors_weight
+from llmopt.compiler.quant.quantize import dequantize
+from llmopt.compiler.quant.schemes import SCHEMES, Scheme
+from llmopt.compiler.quant.storage import PARTS, types_of
+
+METHOD = "compressed-tensors"
+GROUPS = (128, 64, 32)
+# rotations in these places lie in the weights; all others run in the model
+_FUSED = ("weight_input", "weight_output")
+_FLOATS = {
+    (4, "tensor_group", 16): "nvfp4", (4, "group", 32): "mxfp4", (6, "group", 32): "mxfp6_e2m3",
+    (8, "group", 32): "mxfp8", (8, "tensor", None): "fp8", (8, "channel", None): "fp8_channel",
+    (8, "block", None): "fp8_block",
+}  # fmt: skip
+_ACTIVATIONS = {
+    ("float", 4, "tensor_group"): "nvfp4", ("float", 4, "group"): "mxfp4", ("float", 8, "token"): "fp8_channel",
+    ("float", 8, "tensor"): "fp8_channel", ("int", 8, "token"): "int8", ("int", 8, "tensor"): "int8",
+}  # fmt: skip
+
+
+def coded_weights(
+    model: nn.Module, config: Mapping[str, Any], files: Mapping[str, Path], dtype: torch.dtype
+) -> dict[str, tuple[Weight, Coded]]:
+    """By the names that `model`'s weights have: what each stands for, in `dtype`, and its codes.
+
+    `config` is the checkpoint's `quantization_config`, `files` says which file holds which tensor. Raises InputError:
+    no config of compressed-tensors, a model that needs more than weights (rotations at run time), a tensor missing.
+    """
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_named_modules
+
+    _check(config)
+    known = {key: value for key, value in config.items() if key in QuantizationConfig.model_fields}
+    try:
+        parsed = QuantizationConfig.model_validate(known)
+    except ValueError as error:
+        raise InputError(
+            f"quantization_config of config.json is none that compressed-tensors reads ({str(error).splitlines()[0]}); "
+            "save the checkpoint again"
+        ) from error
+    found: dict[str, tuple[Weight, Coded]] = {}
+    for group in (parsed.config_groups or {}).values():
+        if group.weights is None:
+            continue
+        for name, module in match_named_modules(model, group.targets, parsed.ignore):
+            stored = {key.removeprefix(f"{name}."): key for key in files if key.rpartition(".")[0] == name}
+            if isinstance(module, nn.Linear) and "weight_scale" in stored:
+                held = {last: safetensors_weight(files[key], key) for last, key in stored.items()}
+                shape = (module.out_features, module.in_features)
+                found[f"{name}.weight"] = _module(name, held, shape, group, parsed.format, dtype)
+    return found
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Raises InputError: what runs beside the weights, which a graph of the plain model does not have."""
+    rotations = (config.get("transform_config") or {}).get("config_groups") or {}
+    places = {str(apply["location"]) for group in rotations.values() for apply in group["apply"]}
+    if online := sorted(places - set(_FUSED)):
+        raise InputError(
+            f"quantization_config has rotations that run in the model (transform_config, at {', '.join(online)}), "
+            "which are not read; use a checkpoint whose rotations lie in its weights, or the one it was made from with "
+            "a recipe `rotate`"
+        )
+    sparse = (config.get("sparsity_config") or {}).get("format", "dense")
+    if sparse != "dense":
+        raise InputError(
+            f"quantization_config has sparse weights ({sparse}), which are not read; use a dense checkpoint"
+        )
+
+
+def _module(
+    name: str, held: Mapping[str, Weight], shape: tuple[int, int], group: Any, whole: str, dtype: torch.dtype
+) -> tuple[Weight, Coded]:
+    notes = []
+    scheme, why = _scheme(group.weights, held, shape)
+    activations, rounded = _activations(group.input_activations)
+    notes += [note for note in (why, rounded) if note]
+    if scheme is None:
+        load = partial(_restored, held, group, whole, dtype)
+        return Weight(shape, dtype, load, f"{name} by compressed-tensors"), Coded("", "", None, {}, tuple(notes))
+    readers = _readers(held, scheme, shape)
+    parts = {}
+    for part, (size, kind) in types_of(scheme, *shape).items():
+        parts[part] = Weight(
+            size, kind, _checked(name, part, readers[part], size, kind), f"{scheme.name} {part} of {name}"
+        )
+    shared = float(parts["global_scale"].load()) if scheme.has_global else None
+    coded = Coded(scheme.name, activations, shared, parts, tuple(notes))
+    return Weight(shape, dtype, partial(_decoded, parts, scheme, shape[1], dtype), f"{name} of codes"), coded
+
+
+def _scheme(args: Any, held: Mapping[str, Weight], shape: tuple[int, int]) -> tuple[Scheme | None, str]:
+    """The scheme of a module's weight, else why there is none."""
+    kind, strategy, columns = _text(args.type), _text(args.strategy), shape[1]
+    said = f"{args.num_bits}-bit {kind} weights by {strategy}" + f" of {args.group_size}" * bool(args.group_size)
+    if "weight_g_idx" in held:
+        return None, f"{said} with columns in another order (g_idx) are restored: groups run along the columns here"
+    if kind == "float":
+        name = _FLOATS.get((args.num_bits, strategy, args.group_size or None))
+        if strategy == "block" and list(args.block_structure or ()) != [128, 128]:
+            name = None
+        if name is None or columns % max(SCHEMES[name].group, 1):
+            return None, f"{said} are restored: there is no such scheme here"
+        return SCHEMES[name], ""
+    if not args.symmetric and args.num_bits != 4:
+        return None, f"{said} with zero points are restored: there is no such scheme here"
+    every = columns if strategy in ("channel", "tensor") else int(args.group_size or 0)  # columns that share a scale
+    if args.num_bits == 8 and strategy in ("channel", "tensor"):
+        return SCHEMES["int8"], ""
+    wanted = (128,) if args.num_bits == 8 else GROUPS
+    size = next((g for g in wanted if every and every % g == 0 and columns % every == 0), 0)
+    if args.num_bits not in (4, 8) or not size or strategy == "tensor":
+        return None, f"{said} are restored: there is no such scheme here"
+    if not _fits(held["weight_scale"]):
+        return None, f"{said} with scales of {held['weight_scale'].dtype} are restored: here they are bfloat16"
+    return SCHEMES[f"int{args.num_bits}_g{size}" + "_asym" * (not args.symmetric)], ""
+
+
+def _text(value: Any) -> str:
+    """Of an enumeration, or what stands for one of its values."""
+    return str(getattr(value, "value", value))
+
+
+def _fits(scales: Weight) -> bool:
+    """Are scales numbers that bfloat16 holds?"""
+    if scales.dtype == torch.bfloat16:
+        return True
+    values = scales.load().float()
+    return torch.equal(values.bfloat16().float(), values)
+
+
+def _activations(args: Any) -> tuple[str, str]:
+    """The scheme that activations are rounded to, and what is to be said of it."""
+    if args is None:
+        return "", ""
+    kind = _text(args.type), int(args.num_bits), _text(args.strategy)
+    name = _ACTIVATIONS.get(kind, "")
+    if kind == ("float", 8, "group"):
+        name = {32: "mxfp8", 128: "fp8_block"}.get(args.group_size, "")
+    said = f"{kind[1]}-bit {kind[0]} activations by {kind[2]}"
+    if not name:
+        return "", f"{said} stay as they are: there is no such scheme here"
+    fixed = args.dynamic is not True
+    return name, f"{said} have scales of each token instead of the checkpoint's own number" if fixed else ""
+
+
+def _readers(held: Mapping[str, Weight], scheme: Scheme, shape: tuple[int, int]) -> dict[str, Callable[[], Tensor]]:
+    """How each of `storage.PARTS` is made of a module's tensors (`compressed_tensors.tensors_of`, the other way)."""
+    rows, columns = shape
+
+    def packed() -> Tensor:
+        codes = held["weight_packed" if "weight_packed" in held else "weight"].load()
+        if codes.dtype == torch.int8:
+            return (codes.int() + 128).to(torch.uint8)
+        return codes.view(torch.uint8)[:, : columns * scheme.element.bits // 8].contiguous()
+
+    def scales() -> Tensor:
+        found = held["weight_scale"].load()
+        stored = found.view(torch.uint8) if found.dtype == torch.float8_e8m0fnu else found.to(scheme.scale_dtype)
+        return _spread(stored, scheme, shape)
+
+    def global_scale() -> Tensor:
+        return (1.0 / held["weight_global_scale"].load().float()).reshape(())
+
+    def zero_points() -> Tensor:
+        words = held["weight_zero_point"].load().t().contiguous().view(torch.uint8)  # eight rows a word
+        codes = torch.stack((words & 15, words >> 4), -1).flatten(1).t()[:rows]
+        return _spread(codes.contiguous(), scheme, shape)
+
+    made: tuple[Callable[[], Tensor], ...] = (packed, scales, global_scale, zero_points)
+    return dict(zip(PARTS, made, strict=True))
+
+
+def _spread(stored: Tensor, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
+    """Scales or zero points, those of larger groups, whole rows or the whole weight repeated."""
+    wanted = scheme.scales_shape(*shape)
+    if stored.numel() == 1:
+        return stored.reshape(1, 1).expand(wanted).contiguous()
+    matrix = stored.reshape(stored.shape[0], -1)
+    return matrix.repeat_interleave(wanted[1] // matrix.shape[1], 1) if wanted[1] % matrix.shape[1] == 0 else matrix
+
+
+def _checked(
+    name: str, part: str, read: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> Callable[[], Tensor]:
+    def load() -> Tensor:
+        try:
+            made = read()
+        except KeyError as error:
+            raise InputError(
+                f"module {name}: the checkpoint has no {error.args[0]}, which its quantization_config asks for; "
+                "save or download it again"
+            ) from error
+        if tuple(made.shape) != shape or made.dtype != dtype:
+            raise InputError(
+                f"module {name}: {part} of the checkpoint are {made.dtype} {tuple(made.shape)}; wanted {dtype} {shape} "
+                "as its quantization_config and the model say; the two belong to different models, save it again"
+            )
+        return made
+
+    return load
+
+
+def _decoded(parts: Mapping[str, Weight], scheme: Scheme, columns: int, dtype: torch.dtype) -> Tensor:
+    packed, scales, shared, zeros = (parts[part].load() if part in parts else None for part in PARTS)
+    assert packed is not None
+    assert scales is not None
+    return dequantize(packed, scales, shared, zeros, scheme, columns, dtype)
+
+
+def _restored(held: Mapping[str, Weight], group: Any, whole: str, dtype: torch.dtype) -> Tensor:
+    from compressed_tensors.compressors.base import BaseCompressor
+
+    compressor = BaseCompressor.get_value_from_registry(group.format or whole)
+    made = compressor.decompress({name: weight.load() for name, weight in held.items()}, group)
+    return made["weight"].to(dtype)  # type: ignore[no-any-return]
