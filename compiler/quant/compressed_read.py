@@ -167,7 +167,7 @@ def _readers(held: Mapping[str, Weight], scheme: Scheme, shape: tuple[int, int])
     rows, columns = shape
 
     def packed() -> Tensor:
-        codes = held["weight_packed" if "weight_packed" in held else "weight"].load()
+        codes = held["weight" if "weight" in held else "weight_packed"].load()
         if codes.dtype == torch.int8:
             return (codes.int() + 128).to(torch.uint8)
         return codes.view(torch.uint8)[:, : columns * scheme.element.bits // 8].contiguous()

@@ -1,0 +1,239 @@
+"""Checkpoints that compressed-tensors packed, saved as llm-compressor saves them, are compiled with their codes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization.lifecycle import apply_quantization_config
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import llmopt
+from llmopt.compiler.errors import InputError
+from llmopt.compiler.recipe import PassSpec, Recipe
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 64, "initializer_range": 0.1,
+}  # fmt: skip
+IDS = torch.randint(0, 96, (2, 11), generator=torch.Generator().manual_seed(1))
+ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
+JOINED = ([f"{ATTENTION}.{p}_proj" for p in "qkv"], [f"{MLP}.{p}_proj" for p in ("gate", "up")])
+
+
+def scheme(**weights: Any) -> QuantizationScheme:
+    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+
+
+KINDS: dict[str, tuple[QuantizationScheme, str]] = {  # and the scheme that codes are kept in
+    **{
+        name: (preset_name_to_scheme(name, ["Linear"]), kept)
+        for name, kept in (
+            ("W4A16", "int4_g128"), ("W4A16_ASYM", "int4_g128_asym"), ("W8A16", "int8_g128"), ("W8A8", "int8"),
+            ("FP8", "fp8"), ("FP8_DYNAMIC", "fp8_channel"), ("FP8_BLOCK", "fp8_block"), ("NVFP4A16", "nvfp4"),
+            ("NVFP4", "nvfp4"), ("MXFP4A16", "mxfp4"), ("MXFP8A16", "mxfp8"), ("MXFP6A16", "mxfp6_e2m3"),
+        )
+    },
+    "by rows": (scheme(num_bits=4, type="int", strategy="channel", symmetric=True), "int4_g128"),
+    "groups of 256": (
+        scheme(num_bits=4, type="int", strategy="group", group_size=256, symmetric=False), "int4_g128_asym",
+    ),
+    "3 bits": (scheme(num_bits=3, type="int", strategy="group", group_size=64, symmetric=True), ""),
+    "int8 by tensor": (scheme(num_bits=8, type="int", strategy="tensor", symmetric=True), "int8"),
+}  # fmt: skip
+
+
+def range_of(weight: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
+    """Smallest and largest elements of what shares a scale."""
+    if args.strategy == "tensor":
+        blocks = weight.reshape(1, -1)
+    elif args.strategy == "block":
+        rows, columns = args.block_structure
+        blocks = weight.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2).flatten(2)
+    else:
+        blocks = weight.unflatten(1, (-1, args.group_size or weight.shape[1]))
+    return blocks.amin(-1), blocks.amax(-1)
+
+
+def written(
+    folder: Path,
+    kind: QuantizationScheme,
+    dtype: torch.dtype = torch.bfloat16,
+    share: bool = True,
+    ignore: tuple[str, ...] = ("lm_head",),
+) -> Path:
+    """A model saved as llm-compressor saves it: parameters beside each weight, packed, with the config."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).to(dtype)
+    config = QuantizationConfig(config_groups={"group_0": kind}, ignore=list(ignore))
+    apply_quantization_config(model, config)
+    modules = {n: m for n, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None}
+    for name, module in modules.items():
+        args = module.quantization_scheme.weights
+        fused = next((group for group in JOINED if name.replace("layers.1", "layers.0") in group), [name])
+        own = name[: name.index("layers.") + 8] if "layers." in name else ""
+        seen = [modules[n.replace("model.layers.0", own)] for n in fused] if share else [module]
+        divisor = None
+        if hasattr(module, "weight_global_scale"):
+            whole = torch.cat([m.weight.detach().float().flatten() for m in seen])
+            divisor = generate_gparam(whole.min(), whole.max())
+            module.weight_global_scale.data.copy_(divisor)
+        low, high = range_of(module.weight.detach().float(), args)
+        scales, zeros = calculate_qparams(low, high, args, global_scale=divisor)
+        module.weight_scale.data = scales.reshape(module.weight_scale.shape).to(module.weight_scale.dtype)
+        if hasattr(module, "weight_zero_point"):
+            module.weight_zero_point.data = zeros.reshape(module.weight_zero_point.shape).to(torch.int8)
+        for last in ("input_scale", "input_global_scale"):
+            if hasattr(module, last):
+                getattr(module, last).data.fill_(1.0)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+    return folder
+
+
+def restored(folder: Path, kind: QuantizationScheme) -> dict[str, Tensor]:
+    """Every weight that compressed-tensors restores, by module."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    stored, found = load_file(folder / "model.safetensors"), {}
+    compressor: Any = BaseCompressor.get_value_from_registry(config["format"])
+    for module in {name.rpartition(".")[0] for name in stored if name.endswith("weight_scale")}:
+        state = {n.rpartition(".")[2]: t for n, t in stored.items() if n.rpartition(".")[0] == module}
+        found[module] = compressor.decompress(state, kind)["weight"]
+    return found
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_weights_and_logits(name: str, tmp_path: Path) -> None:
+    """Codes are kept, stand for what compressed-tensors restores, and the model computes what that gives."""
+    kind, kept = KINDS[name]
+    source = written(tmp_path / "in", kind)
+    theirs = restored(source, kind)
+    compiled = llmopt.compile(str(source), dtype="float32", target="cpu:generic")
+    program = compiled.program
+    assert len(theirs) == 14
+    for module, weight in theirs.items():
+        ours = program.weights[f"{module}.weight"].load()
+        assert torch.equal(ours.to(weight.dtype), weight)
+    found = {str(n.args[6]) for n in program.graph("forward").calls("quantized_linear")}
+    # joined weights with a scale each have one a row
+    assert found == ({"fp8", "fp8_channel"} if kept == "fp8" else {kept} - {""})
+    if kind.input_activations is None:
+        plain = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
+        tensors = load_file(source / "model.safetensors")
+        state = {n: t.float() for n, t in tensors.items() if n.rpartition(".")[0] not in theirs}
+        decoded = {f"{module}.weight": program.weights[f"{module}.weight"].load() for module in theirs}
+        plain.load_state_dict(state | decoded)
+        with torch.no_grad():
+            want = plain(IDS).logits
+        assert float((compiled(IDS) - want).norm() / want.norm()) < 1e-5
+
+
+def test_what_is_read_leaves_the_same(tmp_path: Path) -> None:
+    for name in ("W4A16_ASYM", "NVFP4A16", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP4A16", "W8A8"):
+        source = written(tmp_path / name, KINDS[name][0])
+        out = llmopt.compile(str(source), target="cpu:generic").export(tmp_path / "out", "compressed-tensors")
+        before, after = load_file(source / "model.safetensors"), load_file(out / "model-00001-of-00001.safetensors")
+        assert set(before) == set(after)
+        for key in before:
+            assert torch.equal(before[key].float(), after[key].float()), key
+        told = [json.loads((f / "config.json").read_text())["quantization_config"] for f in (source, out)]
+        groups = [
+            QuantizationConfig.model_validate(t).config_groups["group_0"].weights.model_dump(exclude={"observer"})
+            for t in told
+        ]
+        for left, right in [(groups[0][key], groups[1][key]) for key in ("num_bits", "type", "strategy", "symmetric")]:
+            assert left == right
+
+
+def test_notes(tmp_path: Path) -> None:
+    for name, said in (
+        ("NVFP4", "scales of each token instead of the checkpoint's own number"),
+        ("3 bits", "restored"),
+    ):
+        compiled = llmopt.compile(str(written(tmp_path / name, KINDS[name][0])), target="cpu:generic")
+        (entry,) = [entry for entry in compiled.report.passes if entry.name == "keep-codes"]
+        assert any(said in note for note in entry.stats.notes)
+
+
+def test_global_scales_of_their_own_are_not_joined(tmp_path: Path) -> None:
+    kind = KINDS["NVFP4A16"][0]
+    apart = llmopt.compile(str(written(tmp_path / "apart", kind, share=False)), target="cpu:generic", dtype="float32")
+    joined = llmopt.compile(str(written(tmp_path / "joined", kind)), target="cpu:generic", dtype="float32")
+    assert len(list(apart.program.graph("forward").calls("quantized_linear"))) == 14
+    assert len(list(joined.program.graph("forward").calls("quantized_linear"))) == 8
+    assert apart.generate([[3, 4, 5]], max_new_tokens=4, ignore_eos=True)
+
+
+def test_scales_that_bfloat16_does_not_hold(tmp_path: Path) -> None:
+    source = written(tmp_path / "in", KINDS["W4A16"][0], torch.float16)
+    compiled = llmopt.compile(str(source), target="cpu:generic")
+    assert not list(compiled.program.graph("forward").calls("quantized_linear"))
+    theirs = restored(source, KINDS["W4A16"][0])
+    assert all(torch.equal(compiled.program.weights[f"{m}.weight"].load(), w) for m, w in theirs.items())
+
+
+def test_other_weights_can_be_quantised(tmp_path: Path) -> None:
+    recipe = Recipe.parse("int8")
+    head = PassSpec.of("quantize", weights="int8", lm_head="int8")
+    recipe = replace(recipe, passes=tuple(head if s.name == "quantize" else s for s in recipe.passes))
+    compiled = llmopt.compile(str(written(tmp_path / "in", KINDS["W4A16"][0])), recipe, target="cpu:generic")
+    found = [n.args[6] for n in compiled.program.graph("forward").calls("quantized_linear")]
+    assert found == ["int4_g128"] * 8 + ["int8"]
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    source = written(tmp_path / "in", KINDS["W4A16"][0])
+    with pytest.raises(InputError, match=r"holds in codes, which would be lost; leave out what changes weights"):
+        llmopt.compile(str(source), "rotate", target="cpu:generic")
+    config = json.loads((source / "config.json").read_text())
+    for more, said in (
+        ({"quant_method": "gptq"}, r"a quantised checkpoint \(gptq\)"),
+        ({"config_groups": {"group_0": {"targets": 3}}}, "is none that compressed-tensors reads"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, r"sparse weights \(sparse-24-bitmask\)"),
+        (
+            {"transform_config": {"config_groups": {"u": {"apply": [{"location": "v_cache"}, {"location": "input"}]}}}},
+            r"rotations that run in the model \(transform_config, at input, v_cache\)",
+        ),
+    ):  # fmt: skip
+        changed = {**config, "quantization_config": {**config["quantization_config"], **more}}
+        (source / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(InputError, match=said):
+            llmopt.compile(str(source), target="cpu:generic")
+    (source / "config.json").write_text(json.dumps(config))
+    tensors = load_file(source / "model.safetensors")
+    for lost, change, said in (
+        (f"{MLP}.down_proj.weight_packed", None, "has no weight_packed"),
+        (f"{MLP}.down_proj.weight_packed", lambda t: t[:-1], r"packed of the checkpoint are torch.uint8 \(255, 256\)"),
+        (f"{MLP}.down_proj.weight_scale", lambda t: t[:, :-1], "scales of the checkpoint"),
+        (f"{MLP}.down_proj.weight_scale", None, "down_proj.weight is not among its tensors"),
+    ):
+        changed = {n: t for n, t in tensors.items() if n != lost}
+        if change is not None:
+            changed[lost] = change(tensors[lost]).contiguous()
+        save_file(changed, source / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match=said):
+            llmopt.compile(str(source), target="cpu:generic")(IDS)
+
+
+def test_a_head_in_codes(tmp_path: Path) -> None:
+    source = written(tmp_path / "in", KINDS["W4A16"][0], ignore=())
+    compiled = llmopt.compile(str(source), target="cpu:generic", dtype="float32")
+    assert len(list(compiled.program.graph("forward").calls("quantized_linear"))) == 9
+    prompts = [[3, 4, 5], [9, 2]]
+    made = compiled.generate(prompts, max_new_tokens=5, ignore_eos=True)
+    for prompt, tokens in zip(prompts, made, strict=True):
+        ids = torch.tensor([prompt + tokens[:-1]])
+        assert compiled(ids)[0, len(prompt) - 1 :].argmax(-1).tolist() == tokens
