@@ -234,7 +234,7 @@ def _coded(source: str, model: PreTrainedModel | None, config: Mapping[str, Any]
     return program
 
 
-_CHECKPOINT = ("*.safetensors", "*.json")
+_CHECKPOINT = ["*.safetensors", "*.json"]
 
 
 def _loaded(source: str, dtype: torch.dtype, facts: ModelFacts) -> Program:

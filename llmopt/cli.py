@@ -114,6 +114,9 @@ def export(
     accuracy_level: Annotated[
         int | None, typer.Option(help="MatMulNBits: 0 is exact (the default), 4 rounds activations to int8, faster.")
     ] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option(help="Keys and values in int8, int4 (gqa), fp8 (checkpoints), by --calibration.")
+    ] = None,
     dtype: DType = None,
     calibration: CalibrationFile = None,
     statistics: StatisticsFile = None,
@@ -131,9 +134,8 @@ def export(
     from llmopt.commands.export import export
     from llmopt.commands.model import Wanted
 
-    given = {"weights": weights, "attention": attention, "cache": None if cache else False,
-             "accuracy_level": accuracy_level}  # fmt: skip
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings = {"weights": weights, "attention": attention, "cache": None if cache else False,
+                "accuracy_level": accuracy_level, "kv_cache": kv_cache}  # fmt: skip
     export(model, to, out, settings, Wanted(recipe, None, dtype, calibration, statistics, bits), as_json)
 
 

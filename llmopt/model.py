@@ -216,18 +216,22 @@ class CompiledModel:
         parts = Parts(self.program, self.recipe, self.target, self.report, self.regions)
         return save(parts, Path(path), self._session.weights if self._session else {}, __version__)
 
-    def export(self, path: str | os.PathLike[str], to: str, **settings: Any) -> Path:
+    def export(self, path: str | os.PathLike[str], to: str, calibration: Any = None, **settings: Any) -> Path:
         """Write the model for other runtimes, to a folder: `onnx`, `genai` (onnxruntime-genai) or `compressed-tensors`
         (vLLM, SGLang, transformers). What leaves is the plain forward behind the recipe's passes.
 
         `settings` of ONNX are `weights` (`portable`, `standard`, `function`), `attention` (`standard`, `gqa`), `cache`
-        and `accuracy_level`, as `docs/export.md` says. Raises InputError (an unknown format or setting, what the
-        format cannot say, a package that is missing) and ArtifactError: something that no export wrote is there, the
-        disk is full, no permission.
+        and `accuracy_level`, as `docs/export.md` says; `kv_cache` (`int8` or `int4` of ONNX with gqa, `fp8` of a
+        checkpoint) needs `calibration`, which is as for `llmopt.compile`.
+
+        Raises InputError (an unknown format or setting, what the format cannot say, a package that is missing) and
+        ArtifactError: something that no export wrote is there, the disk is full, no permission.
         """
+        from llmopt.runtime.build import Calibration
         from llmopt.runtime.export import export
 
-        export(self.program, self.recipe, to, Path(path), settings)
+        data = None if calibration is None else Calibration(calibration)
+        export(self.program, self.recipe, to, Path(path), settings, data)
         return Path(path)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from llmopt import codegen
 from llmopt.compiler import knobs
-from llmopt.compiler.calibration import Progress, Settings, calibrate
+from llmopt.compiler.calibration import Progress, Settings, Values, calibrate
 from llmopt.compiler.calibration_data import TokenSource
 from llmopt.compiler.calibration_statistics import Statistics
 from llmopt.compiler.capture import capture
@@ -41,18 +41,21 @@ class Calibration:
     keep: Path | None = None
     progress: Progress | None = None
 
-    def __call__(self, program: Program, second_moments: bool) -> Statistics:
+    def __call__(self, program: Program, second_moments: bool, values: Values | None = None) -> Statistics:
         """Statistics of the program as it is now; on a GPU if there is one, in less than half of its free memory.
 
-        Raises InputError.
+        `values` as `calibrate` takes them. Raises InputError.
         """
         # what is kept is to serve every recipe that comes later
-        settings = Settings(second_moments=second_moments or self.keep is not None)
+        settings = Settings(second_moments=second_moments or (self.keep is not None and values is None))
         if torch.cuda.is_available():
             settings = replace(settings, device="cuda", memory=_bound(*torch.cuda.mem_get_info()))
         tokenizer = load_tokenizer(program.facts.tokenizer)
         encode = None if tokenizer is None else lambda text: tokenizer(text, verbose=False)["input_ids"]
-        return calibrate(program, self.source, encode=encode, path=self.keep, settings=settings, progress=self.progress)
+        path = self.keep if values is None else None
+        return calibrate(
+            program, self.source, encode=encode, path=path, settings=settings, values=values, progress=self.progress
+        )
 
 
 def _bound(free: int, total: int) -> int:
@@ -114,6 +117,12 @@ def keeping_codes(recipe: Recipe) -> Recipe:
         return recipe
     at = next((i for i, name in enumerate(names) if name in ("quantize", "quantize-kv", "fuse", "lower")), len(names))
     return replace(recipe, passes=(*recipe.passes[:at], PassSpec(KeepCodes.name), *recipe.passes[at:]))
+
+
+def learns(recipe: Recipe) -> bool:
+    """Does a pass of the recipe read calibration data?"""
+    options = [dict(spec.options) for spec in recipe.passes if spec.name == "quantize"]
+    return any(o.get("method") == "gptq" or o.get("weighted") or o.get("bits") is not None for o in options)
 
 
 def build(

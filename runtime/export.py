@@ -11,6 +11,8 @@ from llmopt.codegen.onnx.options import OnnxOptions
 from llmopt.compiler.errors import InputError, did_you_mean
 from llmopt.compiler.program import Program
 from llmopt.compiler.recipe import Recipe
+from llmopt.runtime.build import Calibration
+from llmopt.runtime.export_kv import kv_scales
 
 FORMATS = ("onnx", "genai", "compressed-tensors")
 # passes that make what only llmopt's runtime has; the graph `forward` is the same without them
@@ -23,16 +25,30 @@ def check_format(to: str, settings: Mapping[str, Any]) -> None:
         raise InputError(f"--to {to!r} is no format; {did_you_mean(to, FORMATS)}")
     if to in ("onnx", "genai"):
         onnx_options(to, settings)
-    elif settings:
-        names = " and ".join("--" + name.replace("_", "-") for name in settings)
-        raise InputError(f"{names} says how an ONNX graph is made, and --to {to} makes none; leave it out")
+        return
+    if others := ["--" + name.replace("_", "-") for name in settings if name != "kv_cache"]:
+        said = " and ".join(others)
+        raise InputError(f"{said} says how an ONNX graph is made, and --to {to} makes none; leave it out")
+    if settings.get("kv_cache", "fp8") != "fp8":
+        raise InputError(
+            f"--kv-cache {settings['kv_cache']} cannot leave as {to}, which has static numbers for fp8 keys and "
+            "values; take fp8, or --to onnx with --attention gqa"
+        )
 
 
-def export(program: Program, recipe: Recipe, to: str, out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def export(
+    program: Program,
+    recipe: Recipe,
+    to: str,
+    out: Path,
+    settings: Mapping[str, Any],
+    calibration: Calibration | None = None,
+) -> dict[str, Any]:
     """Write a program, behind the passes of its recipe, to the folder `out`; what was written.
 
-    `settings` are those of `codegen.onnx.options.OnnxOptions` that are not the format's defaults. Raises InputError
-    (an unknown format or setting, what the format cannot say, a package is missing) and ArtifactError (the folder).
+    `settings` are those of `codegen.onnx.options.OnnxOptions` that are not the format's defaults; `calibration` is what
+    the steps of a `kv_cache` in few bits are learned from. Raises InputError (an unknown format or setting, what the
+    format cannot say, a package is missing) and ArtifactError (the folder).
     """
     check_format(to, settings)
     if any(spec.name == "quantize-kv" for spec in recipe.passes):
@@ -40,14 +56,15 @@ def export(program: Program, recipe: Recipe, to: str, out: Path, settings: Mappi
             f"recipe {recipe.name!r} packs keys and values with scales of each token, which {to} does not hold (what "
             "runs it decides on its cache); leave the recipe's -kv part out"
         )
-    told = {"format": to, "recipe": recipe.name}
+    told = {"format": to, "recipe": recipe.name, **({"settings": dict(settings)} if settings else {})}
+    kv = kv_scales(program, settings["kv_cache"], calibration) if settings.get("kv_cache") else None
     if to == "compressed-tensors":
         from llmopt.runtime.export_checkpoint import write_checkpoint
 
-        return write_checkpoint(program, out, told)
+        return write_checkpoint(program, kv, out, told)
     from llmopt.runtime.export_onnx import write_onnx
 
-    return write_onnx(program, onnx_options(to, settings), out, to == "genai", told)
+    return write_onnx(program, onnx_options(to, settings), kv, out, told)
 
 
 def onnx_options(to: str, settings: Mapping[str, Any]) -> OnnxOptions:

@@ -19,12 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmopt.compiler.emittable import argument, op_name
 from llmopt.compiler.errors import InputError
-from llmopt.compiler.graph import Graph
+from llmopt.compiler.graph import Graph, origin, where
 from llmopt.compiler.program import Program
 from llmopt.compiler.quant import scheme_of
 from llmopt.compiler.quant.compressed_tensors import group_of, rows_of, tensors_of, why_not
 from llmopt.compiler.quant.storage import PARTS, types_of
 from llmopt.runtime.export_folder import companions, export_folder
+from llmopt.runtime.export_kv import KVScales
 from llmopt.runtime.replace import Folder
 from llmopt.runtime.tensors import bytes_of, header
 
@@ -50,10 +51,11 @@ class Plan:
     groups: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     plain: list[str] = field(default_factory=list)
     tied: bool = True
+    kv_cache: dict[str, Any] | None = None
 
     def config(self) -> dict[str, Any] | None:
         """`quantization_config`, None where nothing is quantised."""
-        if not self.groups:
+        if not self.groups and self.kv_cache is None:
             return None
         alone = len(self.groups) == 1
         groups = [
@@ -64,10 +66,10 @@ class Plan:
         return {
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",
-            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
             "ignore": sorted(self.plain),
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": self.kv_cache,
             "global_compression_ratio": None,
         }
 
@@ -187,9 +189,10 @@ def _neutral(program: Program, key: str) -> Item:
     return Item({key: (shape, dtype)}, lambda: {key: torch.full(shape, program.neutral[key], dtype=dtype)})
 
 
-def write_checkpoint(program: Program, out: Path, told: Mapping[str, Any]) -> dict[str, Any]:
+def write_checkpoint(program: Program, kv: KVScales | None, out: Path, told: Mapping[str, Any]) -> dict[str, Any]:
     """Write a program as a checkpoint to the folder `out`, whole or not at all; what it holds.
 
+    `kv`: what keys and values in fp8 are divided by, the largest of all channels as the format has one number a layer.
     Raises InputError (not a transformers model, what the format cannot say) and ArtifactError (the folder).
     """
     if program.facts.config is None:
@@ -197,10 +200,36 @@ def write_checkpoint(program: Program, out: Path, told: Mapping[str, Any]) -> di
             f"{program.facts.name} is no transformers model, and a checkpoint is loaded by one; export --to onnx"
         )
     config = json.loads(program.facts.config)
-    made = plan(program, stored_names(config))
+    stored = stored_names(config)
+    made = plan(program, stored)
+    if kv is not None:
+        made.items += _kv_items(program, kv, stored)
+        made.kv_cache = {**_KV_CACHE}
     config["dtype"] = str(program.facts.dtype).removeprefix("torch.")
     held = write(made, config, companions(program.facts.tokenizer), out, told)
     return {**held, "modules": sum(map(len, made.groups.values()))}
+
+
+_KV_CACHE = {
+    "num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True,
+}  # fmt: skip
+
+
+def _kv_items(program: Program, kv: KVScales, stored: Sequence[str]) -> list[Item]:
+    """`k_scale` and `v_scale`, [1], beside the projections of each attention."""
+    items = []
+    for node, both in zip(program.graph("forward").calls("attention"), kv.steps, strict=True):
+        inside = f"{origin(node).module}."
+        module = next((name[: name.index(inside)] + inside for name in stored if inside in name), None)
+        if module is None:
+            raise InputError(
+                f"attention at {where(node)} is in no module of the checkpoint, where its k_scale and v_scale would "
+                "stand; leave --kv-cache out"
+            )
+        for letter, steps in zip("kv", both, strict=True):
+            key, scale = f"{module}{letter}_scale", steps.max().reshape(1)
+            items.append(Item({key: ((1,), torch.float32)}, lambda key=key, scale=scale: {key: scale}))  # type: ignore[misc]
+    return items
 
 
 def stored_names(config: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from llmopt.compiler.propagate import propagate, symbolic_inputs
 from llmopt.compiler.rowwise import check_rowwise
 from llmopt.passes.insert_kv_cache import use_positions
 from llmopt.runtime.export_folder import companions, export_folder
+from llmopt.runtime.export_kv import KVScales
 from llmopt.runtime.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -27,11 +28,13 @@ EXTERNAL_BYTES = 100 * 2**20  # a file that is one message has to fit in memory 
 ALIGNMENT = 2**16  # what any system maps files at
 
 
-def write_onnx(program: Program, options: OnnxOptions, out: Path, genai: bool, told: dict[str, Any]) -> dict[str, Any]:
+def write_onnx(
+    program: Program, options: OnnxOptions, kv: KVScales | None, out: Path, told: dict[str, Any]
+) -> dict[str, Any]:
     """Write `model.onnx`, its weights beside it where they are large, and the tokenizer to the folder `out`.
 
-    With `genai` also `genai_config.json`. Returns what the file holds. Raises InputError (what the format cannot say,
-    a package is missing) and ArtifactError (the folder).
+    For the format `genai` (of `told`) also `genai_config.json`; `kv` are the steps of `options.kv_cache`. Returns what
+    the file holds. Raises InputError (what the format cannot say, a package is missing) and ArtifactError (the folder).
     """
     try:
         import onnx_ir as ir
@@ -47,10 +50,10 @@ def write_onnx(program: Program, options: OnnxOptions, out: Path, genai: bool, t
             "provider has no products; export it in float32 or float16 (--dtype), or with --weights standard"
         )
     graph = _plain(program, options)
-    model = onnx_model(program, graph, options)
+    model = onnx_model(program, graph, options, kv.steps if kv else ())
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     held = {"bytes": size, "nodes": model.graph.num_nodes(), "opset": options.opset}
-    configured = genai_config(program.facts, graph, model, options) if genai else None
+    configured = genai_config(program.facts, graph, model, options) if told["format"] == "genai" else None
     files = companions(program.facts.tokenizer)
     if program.facts.config is not None:
         files["config.json"] = program.facts.config.encode()
@@ -61,7 +64,7 @@ def write_onnx(program: Program, options: OnnxOptions, out: Path, genai: bool, t
             ir.save(model, new / MODEL)
         for name, data in files.items():
             (new / name).write_bytes(data)
-        if genai:
+        if configured is not None:
             (new / "genai_config.json").write_text(json.dumps(configured, indent=2) + "\n", encoding="utf-8")
     return held
 

@@ -9,6 +9,10 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+DTYPES = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
+}  # fmt: skip
+
 
 def session(folder: Path) -> ort.InferenceSession:
     """On the CPU, alike in every run; DequantizeLinear before a product multiplies in float32, not in int8."""
@@ -32,7 +36,7 @@ class Cached:
         """Logits [B, T, V] of the next tokens [B, T]."""
         for name, value in self.inputs.items():
             if "past" in name and name not in self.past:
-                dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[value.type]
+                dtype = DTYPES[value.type]
                 self.past[name] = np.zeros((ids.shape[0], value.shape[1], 0, value.shape[3]), dtype)
         given = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
         feed = {name: value.contiguous().numpy() for name, value in given.items() if name in self.inputs}

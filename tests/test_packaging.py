@@ -18,7 +18,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FOLDERS = ("compiler", "passes", "codegen", "runtime", "llmopt")
-IMPORT_NAMES = {"cuda-bindings": "cuda", "PyYAML": "yaml"}
+IMPORT_NAMES = {
+    "huggingface-hub": "huggingface_hub",
+    "compressed-tensors": "compressed_tensors",
+    "onnx-ir": "onnx_ir",
+    "cuda-bindings": "cuda",
+    "PyYAML": "yaml",
+}
 
 
 def source_files() -> list[Path]:

@@ -38,9 +38,17 @@ def inputs(e: Emitter) -> None:
     for index, node in enumerate(e.graph.calls("attention") if e.options.cache else ()):
         for name, source in zip(KEYS, node.args[1:3], strict=True):
             fake = source.meta["val"]  # type: ignore[union-attr]
-            shape = ["batch", int(fake.shape[1]), "past", int(fake.shape[3])]
-            key = f"past_key_values.{index}.{name}"
-            e.once["past"][node, name] = e.builder.input(key, from_torch_dtype(fake.dtype), shape)
+            dtype, width = _held(e, from_torch_dtype(fake.dtype), int(fake.shape[3]))
+            shape = ["batch", int(fake.shape[1]), "past", width]
+            e.once["past"][node, name] = e.builder.input(f"past_key_values.{index}.{name}", dtype, shape)
+
+
+def _held(e: Emitter, dtype: ir.DataType, channels: int) -> tuple[ir.DataType, int]:
+    """What a row of the cache is made of: in 4 bits, two channels a byte."""
+    kept = e.options.kv_cache
+    return {"": (dtype, channels), "int8": (ir.DataType.INT8, channels), "int4": (ir.DataType.UINT8, channels // 2)}[
+        kept
+    ]
 
 
 def outputs(e: Emitter) -> None:
@@ -130,15 +138,26 @@ def _grouped(e: Emitter, node: fx.Node, flat: list[ir.Value]) -> ir.Value:
             "take --attention standard"
         )
     past = [e.once["past"][node, name] for name in KEYS]
-    given = [*flat, *past, *_lengths(e), None, None, None, None, *([] if sinks is None else [e(sinks)])]
+    given = [*flat, *past, *_lengths(e), None, None, None, None, None if sinks is None else e(sinks)]
+    kept: dict[str, Any] = {}
+    if e.options.kv_cache:
+        given += _steps(e, node, int(k[1]))
+        bits = {"int8": 8, "int4": 4}[e.options.kv_cache]
+        kept = {"kv_cache_bit_width": bits, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
     while given[-1] is None:
         given.pop()
     made, *present = e.contrib.GroupQueryAttention(
         *given, num_heads=int(q[1]), kv_num_heads=int(k[1]), scale=scale, softcap=softcap,
-        local_window_size=window or -1, _outputs=3,
+        local_window_size=window or -1, _outputs=3, **kept,
     )  # fmt: skip
     e.once["present"][node] = present
     return made  # type: ignore[no-any-return]
+
+
+def _steps(e: Emitter, node: fx.Node, heads: int) -> list[ir.Value]:
+    """float32 [Hkv, 1, D]: what one unit of keys and of values is worth, by channel."""
+    index = list(e.graph.calls("attention")).index(node)
+    return [e.constant(steps.expand(heads, 1, -1).tolist(), torch.float32) for steps in e.kv_steps[index]]
 
 
 def _lengths(e: Emitter) -> tuple[ir.Value, ir.Value]:

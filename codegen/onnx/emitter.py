@@ -46,6 +46,7 @@ class Emitter:
     program: Program
     graph: Graph
     options: OnnxOptions
+    kv_steps: Sequence[tuple[Tensor, Tensor]] = ()  # of each attention, where the cache is in few bits
     values: dict[fx.Node, Any] = field(default_factory=dict)
     once: dict[Any, Any] = field(default_factory=dict)  # what several lowerings share, by a key of theirs
 
@@ -160,14 +161,17 @@ def _lowering(found: Callable[..., Any] | None, node: fx.Node) -> Callable[..., 
     return found
 
 
-def onnx_model(program: Program, graph: Graph, options: OnnxOptions) -> ir.Model:
+def onnx_model(
+    program: Program, graph: Graph, options: OnnxOptions, kv_steps: Sequence[tuple[Tensor, Tensor]] = ()
+) -> ir.Model:
     """The graph (a plain causal forward) as an ONNX model whose tensors are read when it is written.
 
+    `kv_steps`: of each attention what one unit of keys and of values is worth, float32 [D], with `options.kv_cache`.
     Inputs and outputs are as `docs/export.md` says. Raises InputError: what ONNX, or this form of it, cannot say.
     """
     from llmopt.codegen.onnx import attend, ops, products  # noqa: F401  # which register lowerings
 
-    emitter = Emitter(program, graph, options)
+    emitter = Emitter(program, graph, options, kv_steps)
     with torch.no_grad():
         attend.inputs(emitter)
         for node in graph.calls():

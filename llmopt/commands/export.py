@@ -16,7 +16,7 @@ from llmopt.compiler.program import Program
 from llmopt.compiler.recipe import Recipe
 from llmopt.console import Progress, is_artifact, say, stages, write_json
 from llmopt.runtime.artifact import load
-from llmopt.runtime.build import build
+from llmopt.runtime.build import Calibration, build, learns
 from llmopt.runtime.export import RUNTIME, check_format
 from llmopt.runtime.export import export as write
 
@@ -24,15 +24,17 @@ from llmopt.runtime.export import export as write
 def export(model: str, to: str, out: Path, settings: Mapping[str, Any], wanted: Wanted, as_json: bool) -> None:
     """Write the model as its recipe leaves it, in the format `to`, to the folder `out`.
 
-    `settings` are those of an ONNX graph that were given (`codegen.onnx.options.OnnxOptions`). Raises InputError (an
+    `settings` are as for `runtime.export.export`, None where they were not given. Raises InputError (an
     unknown format, what the format cannot say), ArtifactError (the folder) and what compiling does.
     """
+    settings = {name: value for name, value in settings.items() if value is not None}
     check_format(to, settings)
     started = time.perf_counter()
     with stages(f"exporting {model}") as progress:
-        program, recipe, notes = _opened(model, to, settings, wanted, progress)
+        data = wanted.data(progress)
+        program, recipe, notes = _opened(model, to, settings, wanted, data, progress)
         progress("writing")
-        told = write(program, recipe, to, out, settings)
+        told = write(program, recipe, to, out, settings, data)
     say_notes(notes)
     seconds = time.perf_counter() - started
     if as_json:
@@ -43,11 +45,12 @@ def export(model: str, to: str, out: Path, settings: Mapping[str, Any], wanted: 
 
 
 def _opened(
-    model: str, to: str, settings: Mapping[str, Any], wanted: Wanted, progress: Progress
+    model: str, to: str, settings: Mapping[str, Any], wanted: Wanted, data: Calibration | None, progress: Progress
 ) -> tuple[Program, Recipe, list[str]]:
     """The program of a model or an artifact, its recipe, and what is to be said of it."""
     if is_artifact(model):
-        wanted.check_artifact(model)
+        asked = replace(wanted, calibration=None, statistics=None) if "kv_cache" in settings else wanted
+        asked.check_artifact(model)
         parts = load(Path(model), runs_here=False)
         return parts.program, parts.recipe, []
     recipe, dtype = wanted.parsed(), wanted.dtype
@@ -56,5 +59,7 @@ def _opened(
         dtype = "float32"
         say("note: computes in float32, as ONNX Runtime's CPU provider does; --dtype float16 keeps 16 bits")
     ahead = replace(recipe, passes=tuple(spec for spec in recipe.passes if spec.name not in RUNTIME))
-    program, report, _ = build(model, ahead, dtype=dtype, progress=progress, calibration=wanted.data(progress))
+    # a cache in few bits learns from them, too, and then the recipe need not
+    given = None if "kv_cache" in settings and not learns(ahead) else data
+    program, report, _ = build(model, ahead, dtype=dtype, progress=progress, calibration=given)
     return program, recipe, notes_to_say(report.passes)

@@ -164,6 +164,28 @@ def test_joined_modules_share_nvfp4_s_global_scale(sources: dict[str, Path], tmp
             assert len(shared) == 1
 
 
+def test_scales_of_keys_and_values(sources: dict[str, Path], tmp_path: Path) -> None:
+    """The largest magnitudes that transformers' own cache holds behind the calibration tokens, over 448."""
+    compiled = llmopt.compile(str(sources["qwen3"]), recipe="fp8", target="cpu:generic")
+    out = compiled.export(tmp_path / "out", "compressed-tensors", IDS, kv_cache="fp8")
+    config = QuantizationConfig.model_validate(json.loads((out / "config.json").read_text())["quantization_config"])
+    assert config.kv_cache_scheme is not None
+    assert (config.kv_cache_scheme.num_bits, config.kv_cache_scheme.type) == (8, "float")
+    tensors = read(out)
+    model = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    with torch.no_grad():
+        layers = model(IDS, use_cache=True).past_key_values.layers
+    for number, layer in enumerate(layers):
+        for letter, value in (("k", layer.keys), ("v", layer.values)):
+            scale = tensors[f"model.layers.{number}.self_attn.{letter}_scale"]
+            assert scale.shape == (1,)
+            torch.testing.assert_close(scale, value.abs().max().reshape(1) / 448, rtol=1e-5, atol=0)
+    with pytest.raises(InputError, match="--kv-cache int4 cannot leave as compressed-tensors"):
+        compiled.export(tmp_path / "none", "compressed-tensors", IDS, kv_cache="int4")
+
+
 def test_a_turned_head_is_no_longer_tied(sources: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     exported(sources["gemma"], "rotate", out)

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnxruntime_genai as genai
 import pytest
 import torch
+from onnx_runtime import greedy
 from torch import nn
 
 import llmopt
@@ -39,6 +40,17 @@ def test_the_same_text(recipe: str, settings: dict[str, str], tmp_path: Path) ->
     out = compiled.export(tmp_path / "out", "genai", **settings)
     for text in ("def main():", "Once upon a time"):
         assert written(out, text, 24) == text + compiled.generate(text, max_new_tokens=24)
+
+
+def test_a_cache_in_int8(tmp_path: Path) -> None:
+    """Its text is that of ONNX Runtime alone, which another test compares with the program."""
+    compiled = llmopt.compile(str(PICO), dtype="float32")
+    text, data = "def main():", "import os\n\n\ndef main():\n    return os.environ\n"
+    ids = torch.tensor([compiled.tokenizer.encode(data)])
+    out = compiled.export(tmp_path / "out", "genai", ids, kv_cache="int8")
+    prompt = compiled.tokenizer.encode(text)
+    (made,) = greedy(out, [prompt], 16, right=True)
+    assert written(out, text, 16) == compiled.tokenizer.decode(prompt + made)
 
 
 def test_the_config(tmp_path: Path) -> None:

@@ -12,14 +12,16 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
-from onnx_runtime import greedy, logits
+from onnx_runtime import Cached, greedy, logits
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmopt
 from llmopt.cli import app
+from llmopt.compiler import ops
 from llmopt.compiler.errors import InputError
+from llmopt.compiler.evaluate import evaluate, evaluated
 from llmopt.compiler.quant import scheme_of
 from llmopt.compiler.quant.packing import unpack
 from llmopt.compiler.quant.schemes import SCHEMES
@@ -176,6 +178,46 @@ def test_rounded_activations(weights: str, activations: str, tmp_path: Path) -> 
     assert off(logits(out, IDS), compiled(IDS)) < 5e-3
     plain = llmopt.compile(tiny("qwen3"), recipe=with_weights(weights), target="cpu:generic")
     assert off(logits(out, IDS), plain(IDS)) > 5e-3
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_cache_in_few_bits(kind: str, tmp_path: Path) -> None:
+    """ONNX Runtime attends to the nearest codes, by steps of the largest magnitudes of each channel."""
+    compiled = llmopt.compile(tiny("llama"), target="cpu:generic")
+    out = compiled.export(tmp_path / "out", "onnx", IDS, attention="gqa", kv_cache=kind)
+    checked(out)
+    model, places = Cached(out), torch.arange(11).expand(3, 11).contiguous()
+    got = torch.cat([
+        model.step(IDS[:, part], places[:, part], torch.ones(3, part.stop, dtype=torch.int64))
+        for part in (slice(0, 8), slice(8, 9), slice(9, 10), slice(10, 11))
+    ], 1)  # fmt: skip
+    graph, inputs = compiled.program.graph("forward"), {"input_ids": IDS, "position_ids": places}
+    reach, kept = {"int8": 127, "int4": 7}[kind], []
+    plain = [node for attend in graph.calls("attention") for node in attend.args[1:3]]
+    largest = [v.abs().amax((0, 1, 2)) for v in evaluate(graph, inputs, compiled.program.weights, plain)]
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *settings: Any) -> torch.Tensor:
+        steps = [amax / reach for amax in largest[len(kept) : len(kept) + 2]]
+        kept.extend((value / step).round().clamp(-reach - 1, reach) for value, step in zip((k, v), steps, strict=True))
+        return ops.attention.fn(q, *(codes * step for codes, step in zip(kept[-2:], steps, strict=True)), *settings)
+
+    (logits_node,) = graph.outputs()
+    walk = evaluated(
+        graph, inputs, compiled.program.weights, [logits_node], instead={ops.attention.overload: attention}
+    )
+    want = {node: value for node, value in walk if node is logits_node}[logits_node]
+    assert off(got, want) < {"int8": 2e-3, "int4": 2e-2}[kind]  # a code that the last bit moves over the middle
+    assert off(compiled(IDS), want) > {"int8": 5e-3, "int4": 1e-1}[kind]
+    for name, codes in zip(("key", "value"), kept, strict=False):
+        held = torch.from_numpy(model.past[f"past_key_values.0.{name}"])
+        if kind == "int4":
+            held = torch.stack((held & 15, held >> 4), -1).flatten(-2).int() - 8
+        assert torch.equal(held.float(), codes)
+    with pytest.raises(InputError, match=r"--kv-cache int8 keeps keys and values by numbers .* give --calibration"):
+        compiled.export(tmp_path / "none", "onnx", attention="gqa", kv_cache="int8")
+    with pytest.raises(InputError, match=r"GroupQueryAttention \(gqa\) keeps keys and values in int8 or int4"):
+        compiled.export(tmp_path / "none", "onnx", IDS, kv_cache="int8")
+    assert not (tmp_path / "none").exists()
 
 
 def test_half_precision(tmp_path: Path) -> None:
