@@ -45,9 +45,9 @@ def _n_bits(e: Emitter, held: Held, x: ir.Value, dtype: ir.DataType) -> ir.Value
     def codes() -> Tensor:
         if bits == 4:
             return held.part("packed").reshape(held.rows, blocks, -1)
-        whole = held.values() * multiple + 128
-        padded = torch.nn.functional.pad(whole, (0, blocks * block - whole.shape[1]), value=128)
-        return padded.to(torch.uint8).reshape(held.rows, blocks, block)
+        every = torch.arange(1 << scheme.element.bits, dtype=torch.uint8)
+        table = (scheme.element.decode(every) * multiple + 128).to(torch.uint8)
+        return held.looked_up(table, blocks * block, 128).reshape(held.rows, blocks, block)
 
     def scales() -> Tensor:
         return (held.steps() / multiple).expand(held.rows, blocks)

@@ -84,9 +84,15 @@ class Held:
         """uint8 [N, K up to a whole group]."""
         return unpack(self.part("packed"), self.scheme.element.bits, self.scheme.padded(self.columns))
 
-    def values(self) -> Tensor:
-        """float32, as `codes`: the numbers that they stand for."""
-        return self.scheme.element.decode(self.codes())
+    def looked_up(self, table: Tensor, columns: int, rest: int) -> Tensor:
+        """[N, columns]: what `table` has for each code, and `rest` behind them; a few rows at a time."""
+        packed, width = self.part("packed"), self.scheme.padded(self.columns)
+        found = table.new_full((self.rows, columns), rest)
+        at_once = max(2**20 // width, 1)
+        for first in range(0, self.rows, at_once):
+            some = slice(first, first + at_once)
+            found[some, :width] = table[unpack(packed[some], self.scheme.element.bits, width).int()]
+        return found
 
     def steps(self) -> Tensor:
         """float32, as the scales: what one unit of an element is worth."""
