@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
+import export_tables  # noqa: E402
 import gpu_tables  # noqa: E402
 from gpu_tables import names  # noqa: E402
 
@@ -326,10 +327,15 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "recipes": recipes,
         "models": models,
         "decode-cpu": decode_cpu,
+        "onnx-cpu": lambda: export_tables.onnx_cpu(RESULTS),
         "gpu": gpu,
         "compile-cost": compile_cost,
     },
     "docs/quality.md": {"quality": quality, "rotations": rotations, "kv-quality": kv_quality},
+    "docs/export.md": {
+        "onnx-cpu": lambda: export_tables.onnx_cpu(RESULTS),
+        "export-memory": lambda: export_tables.export_memory(RESULTS),
+    },
     "docs/gpu.md": {"rotation": rotation_kernels, "lowbit": lowbit},
     "docs/passes.md": {
         "insert-kv-cache": kv_cache_graphs, "rotate-hadamard": rotated_graph, "quantize": quantized_graph,
