@@ -26,6 +26,7 @@ from llmopt.compiler.quant.compressed_tensors import group_of, rows_of, tensors_
 from llmopt.compiler.quant.storage import PARTS, types_of
 from llmopt.runtime.export_folder import companions, export_folder
 from llmopt.runtime.export_kv import KVScales
+from llmopt.runtime.export_rotations import Rotations, rotations
 from llmopt.runtime.replace import Folder
 from llmopt.runtime.tensors import bytes_of, header
 
@@ -52,10 +53,11 @@ class Plan:
     plain: list[str] = field(default_factory=list)
     tied: bool = True
     kv_cache: dict[str, Any] | None = None
+    rotations: Rotations = field(default_factory=Rotations)
 
     def config(self) -> dict[str, Any] | None:
         """`quantization_config`, None where nothing is quantised."""
-        if not self.groups and self.kv_cache is None:
+        if not self.groups and self.kv_cache is None and not self.rotations.orders:
             return None
         alone = len(self.groups) == 1
         groups = [
@@ -71,6 +73,7 @@ class Plan:
             "ignore": sorted(self.plain),
             "kv_cache_scheme": self.kv_cache,
             "global_compression_ratio": None,
+            **({"transform_config": self.rotations.config()} if self.rotations.orders else {}),
         }
 
 
@@ -80,12 +83,8 @@ def plan(program: Program, stored: Sequence[str]) -> Plan:
     Raises InputError: the graph computes what a transformers model of this kind does not.
     """
     graph, made = program.graph("forward"), Plan()
-    if rotate := next(iter(graph.calls("rotate")), None):
-        raise InputError(
-            f"{rotate.name} rotates while the model runs, which no transformers model does; leave r3 and r4 out of "
-            "the rotation (recipe `rotate`), whose rotations lie in weights alone"
-        )
     taken: dict[str, str] = {}
+    products: dict[fx.Node, str] = {}
     for name, user in _weights(graph):
         if program.origins(name)[0] not in stored:
             continue  # computed from the config
@@ -94,6 +93,8 @@ def plan(program: Program, stored: Sequence[str]) -> Plan:
             pieces = [(HEAD, count) for _, count in pieces]
             made.tied = False
         taken.update((key, name) for key, _ in pieces)
+        if len(pieces) == 1:
+            products[user] = pieces[0][0].removesuffix(".weight")
         if op_name(user) == "quantized_linear" and f"{name}.packed" in program.weights:
             made.items.append(_quantised(program, name, user, pieces, made))
         else:
@@ -103,10 +104,18 @@ def plan(program: Program, stored: Sequence[str]) -> Plan:
     for key in stored:
         if key not in taken:
             made.items.append(_neutral(program, key))
+    made.rotations = rotations(program, products)
+    made.items += _rotation_items(program, made.rotations)
     tables = {_read(node, 0) for node in graph.calls("aten.embedding")}
     if any(_read(node, 1) in tables for node in graph.calls("linear")):
         made.plain.append(HEAD.removesuffix(".weight"))
     return made
+
+
+def _rotation_items(program: Program, found: Rotations) -> Iterator[Item]:
+    dtype = program.facts.dtype
+    for key, (order, make) in found.tensors(program).items():
+        yield Item({key: ((order, order), dtype)}, lambda key=key, make=make: {key: make().to(dtype)})  # type: ignore[misc]
 
 
 def _read(node: fx.Node, at: int) -> str | None:

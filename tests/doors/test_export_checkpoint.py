@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.transform import TransformConfig, apply_transform_config
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 from typer.testing import CliRunner
@@ -195,12 +196,43 @@ def test_a_turned_head_is_no_longer_tied(sources: dict[str, Path], tmp_path: Pat
     assert not tensors["model.norm.weight"].any()  # 1 + 0
 
 
+def turned(file: Path, **options: bool | int) -> Path:
+    """A recipe that rotates and quantises."""
+    recipe = Recipe.parse("rotate+fp8")
+    rotate = PassSpec.of("rotate-hadamard", **options)
+    passes = tuple(rotate if spec.name == rotate.name else spec for spec in recipe.passes)
+    file.write_text(replace(recipe, name="turned", passes=passes).to_yaml())
+    return file
+
+
+@pytest.mark.parametrize("order", [0, 64])
+def test_rotations_that_run_in_the_model(order: int, sources: dict[str, Path], tmp_path: Path) -> None:
+    """compressed-tensors puts them into transformers' model, with the matrices of the checkpoint."""
+    recipe, out = str(turned(tmp_path / "mine.yaml", r4=True, order=order)), tmp_path / "out"
+    assert exported(sources["llama"], recipe, out).startswith("wrote")
+    config = json.loads((out / "config.json").read_text())["quantization_config"]["transform_config"]
+    model = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    apply_transform_config(model, TransformConfig.model_validate(config))
+    stored = {name: tensor for name, tensor in read(out).items() if "R4" in name}
+    assert [tuple(t.shape) for t in stored.values()] == [(order or 256, order or 256)] * 2
+    with torch.no_grad():
+        want = llmopt.compile(str(sources["llama"]), recipe=recipe, target="cpu")(IDS)
+        for name, tensor in stored.items():
+            model.get_parameter(name).copy_(tensor)
+        got = model(IDS).logits
+    assert float((got - want).norm() / want.norm()) < 1e-5
+    with pytest.raises(InputError, match=r"rotations that run in the model \(transform_config, at input\)"):
+        llmopt.compile(str(out), target="cpu")
+
+
 def test_what_the_format_cannot_say(sources: dict[str, Path], tmp_path: Path) -> None:
     out, source = tmp_path / "out", sources["llama"]
     for recipe, said in (
         ("mxfp6-e3m2", "no format for mxfp6_e3m2; nearest is mxfp6_e2m3 or mxfp8"),
         ("w4a4", "activations in nvfp4 have one static scale"),
-        ("rotate-online", "leave r3 and r4 out of the rotation"),
+        (str(turned(tmp_path / "queries.yaml", r3=True)), "leave r3 out of the rotation"),
         ("nvfp4+int4-kv", "leave the recipe's -kv part out"),
     ):
         assert said in " ".join(exported(source, recipe, out).split())
