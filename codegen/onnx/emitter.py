@@ -74,8 +74,8 @@ class Emitter:
 
     def apart(self, node: fx.Node) -> ir.Value:
         """The value [B, T, H, D] of a node [B, H, T, D]."""
-        found = self.values[node]
-        return found.value if isinstance(found, Heads) else self.op.Transpose(found, perm=[0, 2, 1, 3])
+        found = self.values.get(node)
+        return found.value if isinstance(found, Heads) else self.op.Transpose(self(node), perm=[0, 2, 1, 3])
 
     def stored(
         self,
