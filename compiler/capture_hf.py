@@ -29,6 +29,7 @@ from llmopt.compiler import ops
 from llmopt.compiler._torch import concrete_values
 from llmopt.compiler.capture import capture
 from llmopt.compiler.checkpoint import (
+    QUANTIZED,
     checkpoint_dtype,
     checkpoint_files,
     eos_of,
@@ -39,7 +40,6 @@ from llmopt.compiler.checkpoint import (
 )
 from llmopt.compiler.errors import CaptureError, InputError
 from llmopt.compiler.program import ModelFacts, Program, Weight, tensor_weight
-from llmopt.compiler.quant.compressed_read import coded_weights
 
 INTERFACE = "llmopt"
 
@@ -216,11 +216,12 @@ def _read(
 
 
 def _coded(source: str, model: PreTrainedModel | None, config: Mapping[str, Any], facts: ModelFacts) -> Program:
-    """The Program of a checkpoint that holds weights in codes. Raises InputError as `coded_weights`."""
+    """The Program of a checkpoint that holds weights in codes. Raises InputError as its format's reader."""
     folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=_CHECKPOINT))
     files = checkpoint_files(folder)
+    read = QUANTIZED[config["quant_method"]]
     try:
-        coded = {} if model is None else coded_weights(model, config, files, facts.dtype)
+        coded = {} if model is None else read(model, config, files, facts.dtype)
     except InputError as error:
         raise InputError(f"model {source!r}: {error}") from error
     lacking = [] if model is None else [n for n, _ in model.named_parameters() if n not in files and n not in coded]

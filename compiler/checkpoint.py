@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.utils import cached_file
 
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.program import STORED_DTYPES, Weight, open_safetensors, safetensors_weight
+from llmopt.compiler.quant import compressed_read, compressed_tensors, modelopt, modelopt_read
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-QUANTIZED = ("compressed-tensors",)  # methods of `quantization_config` whose codes are read
+# by `quant_method`: what reads a checkpoint's codes
+QUANTIZED = {compressed_tensors.METHOD: compressed_read.coded_weights, modelopt.METHOD: modelopt_read.coded_weights}
 
 
 def read_config(source: str) -> PretrainedConfig:
@@ -33,7 +36,9 @@ def read_config(source: str) -> PretrainedConfig:
             f"model {source!r}: its config cannot be read ({str(error).splitlines()[0]}); wanted a checkpoint folder "
             "with a valid config.json or a reachable hub id; check the path, or the network for a hub id"
         ) from error
-    quantization = getattr(config, "quantization_config", None)
+    quantization = getattr(config, "quantization_config", None) or _beside(source)
+    if quantization:
+        config.quantization_config = quantization
     if quantization and dict(quantization).get("quant_method") not in QUANTIZED:
         method = dict(quantization).get("quant_method", "unknown method")
         raise InputError(
@@ -41,6 +46,22 @@ def read_config(source: str) -> PretrainedConfig:
             f"of {' or '.join(QUANTIZED)}; use the checkpoint it was made from"
         )
     return config
+
+
+def _beside(source: str) -> dict[str, Any] | None:
+    """What ModelOpt says of a checkpoint in a file of its own, as it did before 0.31; None without that file."""
+    path = cached_file(
+        source, modelopt.CONFIG, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    if path is None:
+        return None
+    try:
+        return {**json.loads(Path(path).read_text(encoding="utf-8")), "quant_method": modelopt.METHOD}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"file {path!r} does not say how weights are quantised ({type(error).__name__}: {error}); download it again"
+        ) from error
 
 
 def taken_quantization(config: PretrainedConfig) -> dict[str, Any] | None:

@@ -101,7 +101,7 @@ def compile(
 @guarded
 def export(
     model: Either,
-    to: Annotated[str, typer.Option("--to", help="The format: onnx, genai or compressed-tensors.")],
+    to: Annotated[str, typer.Option("--to", help="The format: onnx, genai, compressed-tensors or modelopt.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     recipe: OwnRecipe = None,
     weights: Annotated[
@@ -127,7 +127,8 @@ def export(
     """Write a model, quantised and rotated as its recipe says, for other runtimes.
 
     onnx: a graph for ONNX Runtime, TensorRT and others, one model with a cache. genai: a folder that onnxruntime-genai
-    generates from. compressed-tensors: a checkpoint that vLLM, SGLang and transformers load.
+    generates from. compressed-tensors: a checkpoint that vLLM, SGLang and transformers load. modelopt: one that
+    TensorRT-LLM, vLLM and SGLang load.
 
     [dim]llmopt export meta-llama/Llama-3.2-1B --to genai -r int4 --accuracy-level 4 -o OUT[/dim]
     """

@@ -217,8 +217,9 @@ class CompiledModel:
         return save(parts, Path(path), self._session.weights if self._session else {}, __version__)
 
     def export(self, path: str | os.PathLike[str], to: str, calibration: Any = None, **settings: Any) -> Path:
-        """Write the model for other runtimes, to a folder: `onnx`, `genai` (onnxruntime-genai) or `compressed-tensors`
-        (vLLM, SGLang, transformers). What leaves is the plain forward behind the recipe's passes.
+        """Write the model for other runtimes, to a folder: `onnx`, `genai` (onnxruntime-genai), `compressed-tensors`
+        (vLLM, SGLang, transformers) or `modelopt` (TensorRT-LLM, vLLM, SGLang). What leaves is the plain forward behind
+        the recipe's passes.
 
         `settings` of ONNX are `weights` (`portable`, `standard`, `function`), `attention` (`standard`, `gqa`), `cache`
         and `accuracy_level`, as `docs/export.md` says; `kv_cache` (`int8` or `int4` of ONNX with gqa, `fp8` of a

@@ -10,11 +10,14 @@ from typing import Any
 from llmopt.codegen.onnx.options import OnnxOptions
 from llmopt.compiler.errors import InputError, did_you_mean
 from llmopt.compiler.program import Program
+from llmopt.compiler.quant.compressed_tensors import COMPRESSED_TENSORS
+from llmopt.compiler.quant.modelopt import MODELOPT
 from llmopt.compiler.recipe import Recipe
 from llmopt.runtime.build import Calibration
 from llmopt.runtime.export_kv import kv_scales
 
-FORMATS = ("onnx", "genai", "compressed-tensors")
+CHECKPOINTS = {each.name: each for each in (COMPRESSED_TENSORS, MODELOPT)}
+FORMATS = ("onnx", "genai", *CHECKPOINTS)
 # passes that make what only llmopt's runtime has; the graph `forward` is the same without them
 RUNTIME = frozenset({"insert-kv-cache", "quantize-kv", "fuse", "lower"})
 
@@ -58,10 +61,10 @@ def export(
         )
     told = {"format": to, "recipe": recipe.name, **({"settings": dict(settings)} if settings else {})}
     kv = kv_scales(program, settings["kv_cache"], calibration) if settings.get("kv_cache") else None
-    if to == "compressed-tensors":
+    if to in CHECKPOINTS:
         from llmopt.runtime.export_checkpoint import write_checkpoint
 
-        return write_checkpoint(program, kv, out, told)
+        return write_checkpoint(program, CHECKPOINTS[to], kv, out, told)
     from llmopt.runtime.export_onnx import write_onnx
 
     return write_onnx(program, onnx_options(to, settings), kv, out, told)

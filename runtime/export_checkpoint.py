@@ -1,8 +1,9 @@
-"""A program as a transformers checkpoint with compressed-tensors weights: what vLLM, SGLang and transformers load.
+"""A program as a transformers checkpoint: what vLLM, SGLang, TensorRT-LLM and transformers load.
 
 The graph says what leaves: each weight that a product reads is split into the modules it was joined from, and written
-as its program has it, in codes or as it is, rotated or not. Norms that were folded into products become neutral, and a
-head that no longer equals the embeddings gets weights of its own. Tensors are made and written one after the other.
+as its program has it, in codes or as it is, rotated or not; a `CheckpointFormat` says how codes are written. Norms that
+were folded into products become neutral, and a head that no longer equals the embeddings gets weights of its own.
+Tensors are made and written one after the other.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from llmopt.compiler.errors import InputError
 from llmopt.compiler.graph import Graph, origin, where
 from llmopt.compiler.program import Program
 from llmopt.compiler.quant import scheme_of
-from llmopt.compiler.quant.compressed_tensors import group_of, rows_of, tensors_of, why_not
+from llmopt.compiler.quant.checkpoint_format import CheckpointFormat, Contents, rows_of
 from llmopt.compiler.quant.storage import PARTS, types_of
 from llmopt.runtime.export_folder import companions, export_folder
 from llmopt.runtime.export_kv import KVScales
@@ -46,41 +47,17 @@ class Item:
 
 @dataclass
 class Plan:
-    """What a checkpoint holds: its tensors, its modules by (scheme, activations), and those that stay as they are."""
+    """What a checkpoint holds: its tensors, what its configs tell of them, and whether the head is the embeddings."""
 
     items: list[Item] = field(default_factory=list)
-    groups: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    plain: list[str] = field(default_factory=list)
+    contents: Contents = field(default_factory=Contents)
     tied: bool = True
-    kv_cache: dict[str, Any] | None = None
-    rotations: Rotations = field(default_factory=Rotations)
-
-    def config(self) -> dict[str, Any] | None:
-        """`quantization_config`, None where nothing is quantised."""
-        if not self.groups and self.kv_cache is None and not self.rotations.orders:
-            return None
-        alone = len(self.groups) == 1
-        groups = [
-            group_of(scheme_of(scheme), activations, ["Linear"] if alone else sorted(modules))
-            for (scheme, activations), modules in self.groups.items()
-        ]
-        formats = {group["format"] for group in groups}
-        return {
-            "quant_method": "compressed-tensors",
-            "quantization_status": "compressed",
-            "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
-            "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
-            "ignore": sorted(self.plain),
-            "kv_cache_scheme": self.kv_cache,
-            "global_compression_ratio": None,
-            **({"transform_config": self.rotations.config()} if self.rotations.orders else {}),
-        }
 
 
-def plan(program: Program, stored: Sequence[str]) -> Plan:
+def plan(program: Program, stored: Sequence[str], to: CheckpointFormat) -> Plan:
     """How the weights of the forward become the tensors `stored`, names of the checkpoint that the model came from.
 
-    Raises InputError: the graph computes what a transformers model of this kind does not.
+    Raises InputError: the graph computes what a transformers model of this kind does not, or `to` cannot say it.
     """
     graph, made = program.graph("forward"), Plan()
     taken: dict[str, str] = {}
@@ -96,19 +73,20 @@ def plan(program: Program, stored: Sequence[str]) -> Plan:
         if len(pieces) == 1:
             products[user] = pieces[0][0].removesuffix(".weight")
         if op_name(user) == "quantized_linear" and f"{name}.packed" in program.weights:
-            made.items.append(_quantised(program, name, user, pieces, made))
+            made.items.append(_quantised(program, name, user, pieces, made.contents, to))
         else:
             made.items.append(_as_it_is(program, name, pieces))
             if op_name(user) == "linear" and _read(user, 1) == name:
-                made.plain += [key.removesuffix(".weight") for key, _ in pieces]
+                made.contents.plain += [key.removesuffix(".weight") for key, _ in pieces]
     for key in stored:
         if key not in taken:
             made.items.append(_neutral(program, key))
-    made.rotations = rotations(program, products)
-    made.items += _rotation_items(program, made.rotations)
+    turned = rotations(program, products, to)
+    made.items += _rotation_items(program, turned)
+    made.contents.transforms = turned.config() if turned.orders else None
     tables = {_read(node, 0) for node in graph.calls("aten.embedding")}
     if any(_read(node, 1) in tables for node in graph.calls("linear")):
-        made.plain.append(HEAD.removesuffix(".weight"))
+        made.contents.plain.append(HEAD.removesuffix(".weight"))
     return made
 
 
@@ -162,20 +140,27 @@ def _as_it_is(program: Program, name: str, pieces: Sequence[tuple[str, int]]) ->
     return Item(types, make)
 
 
-def _quantised(program: Program, name: str, node: fx.Node, pieces: Sequence[tuple[str, int]], made: Plan) -> Item:
+def _quantised(
+    program: Program,
+    name: str,
+    node: fx.Node,
+    pieces: Sequence[tuple[str, int]],
+    contents: Contents,
+    to: CheckpointFormat,
+) -> Item:
     scheme, activations = scheme_of(argument(node, "scheme", "")), argument(node, "activations", "")
     columns = program.weights[name].shape[1]
-    if why := why_not(scheme, activations, columns):
-        raise InputError(f"weight {name!r} cannot leave as a compressed-tensors checkpoint: {why}")
+    if why := to.why_not(scheme, activations, columns):
+        raise InputError(f"weight {name!r} cannot leave as a {to.name} checkpoint: {why}")
     modules = [key.removesuffix(".weight") for key, _ in pieces]
-    made.groups.setdefault((scheme.name, activations), []).extend(modules)
+    contents.groups.setdefault((scheme.name, activations), []).extend(modules)
 
     def split(parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         found: dict[str, Tensor] = {}
         first = 0
         for module, (_, count) in zip(modules, pieces, strict=True):
             rows = rows_of(parts, scheme, first, count)
-            found |= {f"{module}.{last}": tensor for last, tensor in tensors_of(rows, scheme, columns).items()}
+            found |= {f"{module}.{last}": tensor for last, tensor in to.tensors(rows, scheme, columns).items()}
             first += count
         return found
 
@@ -198,8 +183,10 @@ def _neutral(program: Program, key: str) -> Item:
     return Item({key: (shape, dtype)}, lambda: {key: torch.full(shape, program.neutral[key], dtype=dtype)})
 
 
-def write_checkpoint(program: Program, kv: KVScales | None, out: Path, told: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a program as a checkpoint to the folder `out`, whole or not at all; what it holds.
+def write_checkpoint(
+    program: Program, to: CheckpointFormat, kv: KVScales | None, out: Path, told: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write a program as a checkpoint in the format `to` to the folder `out`, whole or not at all; what it holds.
 
     `kv`: what keys and values in fp8 are divided by, the largest of all channels as the format has one number a layer.
     Raises InputError (not a transformers model, what the format cannot say) and ArtifactError (the folder).
@@ -210,22 +197,23 @@ def write_checkpoint(program: Program, kv: KVScales | None, out: Path, told: Map
         )
     config = json.loads(program.facts.config)
     stored = stored_names(config)
-    made = plan(program, stored)
+    made = plan(program, stored, to)
     if kv is not None:
-        made.items += _kv_items(program, kv, stored)
-        made.kv_cache = {**_KV_CACHE}
+        made.items += _kv_items(program, kv, stored, to)
+        made.contents.kv_cache = True
     config["dtype"] = str(program.facts.dtype).removeprefix("torch.")
-    held = write(made, config, companions(program.facts.tokenizer), out, told)
-    return {**held, "modules": sum(map(len, made.groups.values()))}
+    if not made.tied:
+        config["tie_word_embeddings"] = False
+    files = companions(program.facts.tokenizer)
+    if made.contents:
+        config["quantization_config"] = to.config(made.contents)
+        files |= {name: text.encode() for name, text in to.files(made.contents).items()}
+    held = write(made.items, config, files, out, told)
+    return {**held, "modules": sum(map(len, made.contents.groups.values()))}
 
 
-_KV_CACHE = {
-    "num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True,
-}  # fmt: skip
-
-
-def _kv_items(program: Program, kv: KVScales, stored: Sequence[str]) -> list[Item]:
-    """`k_scale` and `v_scale`, [1], beside the projections of each attention."""
+def _kv_items(program: Program, kv: KVScales, stored: Sequence[str], to: CheckpointFormat) -> list[Item]:
+    """The scales of keys and of values of each attention, where the format has them."""
     items = []
     for node, both in zip(program.graph("forward").calls("attention"), kv.steps, strict=True):
         inside = f"{origin(node).module}."
@@ -236,8 +224,8 @@ def _kv_items(program: Program, kv: KVScales, stored: Sequence[str]) -> list[Ite
                 "stand; leave --kv-cache out"
             )
         for letter, steps in zip("kv", both, strict=True):
-            key, scale = f"{module}{letter}_scale", steps.max().reshape(1)
-            items.append(Item({key: ((1,), torch.float32)}, lambda key=key, scale=scale: {key: scale}))  # type: ignore[misc]
+            key, scale = module + to.kv_scale.format(letter), steps.max().reshape(to.kv_shape)
+            items.append(Item({key: (to.kv_shape, torch.float32)}, lambda key=key, scale=scale: {key: scale}))  # type: ignore[misc]
     return items
 
 
@@ -252,20 +240,20 @@ def stored_names(config: Mapping[str, Any]) -> list[str]:
 
 
 def write(
-    made: Plan, config: Mapping[str, Any], files: Mapping[str, bytes], out: Path, told: Mapping[str, Any]
+    tensors: Sequence[Item],
+    config: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    out: Path,
+    told: Mapping[str, Any],
 ) -> dict[str, int]:
-    """Write a plan to the folder `out`; bytes of tensors, files and tensors.
+    """Write tensors to the folder `out`; how many bytes, files and tensors they are.
 
-    `config` is that of config.json without quantization, `files` are others, by name, `told` goes into the receipt.
-    Raises ArtifactError: something that no export wrote is there, the disk is full, no permission.
+    `config` is config.json, `files` are others, by name, `told` goes into the receipt. Raises ArtifactError: something
+    that no export wrote is there, the disk is full, no permission.
     """
-    quantization = made.config()
-    whole = {**config, **({"quantization_config": quantization} if quantization else {})}
-    if not made.tied:
-        whole["tie_word_embeddings"] = False
-    groups = _shards(made.items)
+    groups = _shards(tensors)
     where: dict[str, str] = {}
-    size = sum(_size(item) for item in made.items)
+    size = sum(_size(item) for item in tensors)
     with export_folder(out, told) as new:
         folder = Folder(new)
         for number, items in enumerate(groups, 1):
@@ -275,12 +263,12 @@ def write(
             with folder.open(file) as put:
                 put(header(types))
                 for item in items:
-                    tensors = item.make()
+                    values = item.make()
                     for name in item.types:
-                        put(bytes_of(tensors[name]))
+                        put(bytes_of(values[name]))
         for name, data in files.items():
             folder.add(name, data)
-        folder.add("config.json", json.dumps(whole, indent=2) + "\n")
+        folder.add("config.json", json.dumps(config, indent=2) + "\n")
         folder.add(INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1) + "\n")
     return {"bytes": size, "files": len(groups), "tensors": len(where)}
 

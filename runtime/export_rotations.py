@@ -17,6 +17,7 @@ from llmopt.compiler.emittable import op_name
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.graph import where
 from llmopt.compiler.program import Program
+from llmopt.compiler.quant.checkpoint_format import CheckpointFormat
 
 WIDEST = 2048  # of a matrix, which every module holds
 NAME = "R4"
@@ -56,13 +57,19 @@ class Rotations:
         }
 
 
-def rotations(program: Program, products: Mapping[fx.Node, str]) -> Rotations:
+def rotations(program: Program, products: Mapping[fx.Node, str], to: CheckpointFormat) -> Rotations:
     """Of a graph whose products (by node) belong to one module each.
 
-    Raises InputError: something else than a product reads what is rotated (r3), or the matrix is too large.
+    Raises InputError: `to` has no rotations, something else than a product reads what is rotated (r3), or the matrix is
+    too large.
     """
     found = Rotations()
     for node in program.graph("forward").calls("rotate"):
+        if not to.rotates:
+            raise InputError(
+                f"{where(node)} is rotated while the model runs, which {to.name} does not say; leave r3 and r4 out of "
+                "the rotation (recipe `rotate`), or export --to compressed-tensors, which has r4"
+            )
         readers = [products.get(user) for user in node.users]
         if any(module is None for module in readers):
             raise InputError(

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.program import Coded, Weight, safetensors_weight
-from llmopt.compiler.quant.quantize import dequantize
+from llmopt.compiler.quant.coded import by_module, kept
 from llmopt.compiler.quant.schemes import SCHEMES, Scheme
-from llmopt.compiler.quant.storage import PARTS, types_of
+from llmopt.compiler.quant.storage import PARTS
 
-METHOD = "compressed-tensors"
 GROUPS = (128, 64, 32)
 # rotations in these places lie in the weights; all others run in the model
 _FUSED = ("weight_input", "weight_output")
@@ -57,11 +56,12 @@ def coded_weights(
             "save the checkpoint again"
         ) from error
     found: dict[str, tuple[Weight, Coded]] = {}
+    tensors = by_module(files)
     for group in (parsed.config_groups or {}).values():
         if group.weights is None:
             continue
         for name, module in match_named_modules(model, group.targets, parsed.ignore):
-            stored = {key.removeprefix(f"{name}."): key for key in files if key.rpartition(".")[0] == name}
+            stored = tensors.get(name, {})
             if isinstance(module, nn.Linear) and "weight_scale" in stored:
                 held = {last: safetensors_weight(files[key], key) for last, key in stored.items()}
                 shape = (module.out_features, module.in_features)
@@ -96,15 +96,7 @@ def _module(
     if scheme is None:
         load = partial(_restored, held, group, whole, dtype)
         return Weight(shape, dtype, load, f"{name} by compressed-tensors"), Coded("", "", None, {}, tuple(notes))
-    readers = _readers(held, scheme, shape)
-    parts = {}
-    for part, (size, kind) in types_of(scheme, *shape).items():
-        parts[part] = Weight(
-            size, kind, _checked(name, part, readers[part], size, kind), f"{scheme.name} {part} of {name}"
-        )
-    shared = float(parts["global_scale"].load()) if scheme.has_global else None
-    coded = Coded(scheme.name, activations, shared, parts, tuple(notes))
-    return Weight(shape, dtype, partial(_decoded, parts, scheme, shape[1], dtype), f"{name} of codes"), coded
+    return kept(name, scheme, activations, shape, dtype, _readers(held, scheme, shape), notes)
 
 
 def _scheme(args: Any, held: Mapping[str, Weight], shape: tuple[int, int]) -> tuple[Scheme | None, str]:
@@ -196,34 +188,6 @@ def _spread(stored: Tensor, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
         return stored.reshape(1, 1).expand(wanted).contiguous()
     matrix = stored.reshape(stored.shape[0], -1)
     return matrix.repeat_interleave(wanted[1] // matrix.shape[1], 1) if wanted[1] % matrix.shape[1] == 0 else matrix
-
-
-def _checked(
-    name: str, part: str, read: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype
-) -> Callable[[], Tensor]:
-    def load() -> Tensor:
-        try:
-            made = read()
-        except KeyError as error:
-            raise InputError(
-                f"module {name}: the checkpoint has no {error.args[0]}, which its quantization_config asks for; "
-                "save or download it again"
-            ) from error
-        if tuple(made.shape) != shape or made.dtype != dtype:
-            raise InputError(
-                f"module {name}: {part} of the checkpoint are {made.dtype} {tuple(made.shape)}; wanted {dtype} {shape} "
-                "as its quantization_config and the model say; the two belong to different models, save it again"
-            )
-        return made
-
-    return load
-
-
-def _decoded(parts: Mapping[str, Weight], scheme: Scheme, columns: int, dtype: torch.dtype) -> Tensor:
-    packed, scales, shared, zeros = (parts[part].load() if part in parts else None for part in PARTS)
-    assert packed is not None
-    assert scales is not None
-    return dequantize(packed, scales, shared, zeros, scheme, columns, dtype)
 
 
 def _restored(held: Mapping[str, Weight], group: Any, whole: str, dtype: torch.dtype) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmopt.compiler.errors import InputError
-from llmopt.compiler.quant.schemes import Scheme
+from llmopt.compiler.quant.checkpoint_format import CheckpointFormat, Contents
+from llmopt.compiler.quant.schemes import SCHEMES, Scheme
 
+METHOD = "compressed-tensors"
 FORMATS = {
     "nvfp4": "nvfp4-pack-quantized",
     "mxfp4": "mxfp4-pack-quantized",
@@ -36,6 +37,9 @@ _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "fp8_block": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128},
     "int8": {"num_bits": 8, "type": "int", "strategy": "token"},
 }
+_KV_CACHE = {
+    "num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True,
+}  # fmt: skip
 _DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 
 
@@ -74,20 +78,24 @@ def group_of(scheme: Scheme, activations: str, targets: list[str]) -> dict[str, 
     return {"targets": targets, "weights": weights, "input_activations": given, "format": FORMATS[scheme.name]}
 
 
-def rows_of(parts: Mapping[str, Tensor], scheme: Scheme, first: int, count: int) -> dict[str, Tensor]:
-    """The parts (`storage.PARTS`) of `count` rows of a weight. Raises InputError: a block of scales crosses an end."""
-    if scheme.rows > 1 and (first % scheme.rows or count % scheme.rows):
-        raise InputError(
-            f"rows {first} to {first + count} cut through blocks of {scheme.rows} rows that share a scale; leave the "
-            "weight out (`exclude`), or take a scheme with scales for each row, such as fp8_channel"
-        )
-    each = max(scheme.rows, 1)
-    found = {"packed": parts["packed"][first : first + count]}
-    for name in ("scales", "zero_points"):
-        if name in parts:
-            whole = parts[name]
-            found[name] = whole if scheme.rows == 0 else whole[first // each : (first + count) // each]
-    return found | {name: parts[name] for name in ("global_scale",) if name in parts}
+def config_of(contents: Contents) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint."""
+    alone = len(contents.groups) == 1
+    entries = [
+        group_of(SCHEMES[scheme], activations, ["Linear"] if alone else sorted(modules))
+        for (scheme, activations), modules in contents.groups.items()
+    ]
+    formats = {entry["format"] for entry in entries}
+    return {
+        "quant_method": METHOD,
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
+        "config_groups": {f"group_{number}": entry for number, entry in enumerate(entries)},
+        "ignore": sorted(contents.plain),
+        "kv_cache_scheme": {**_KV_CACHE} if contents.kv_cache else None,
+        "global_compression_ratio": None,
+        **({"transform_config": contents.transforms} if contents.transforms else {}),
+    }
 
 
 def tensors_of(parts: Mapping[str, Tensor], scheme: Scheme, columns: int) -> dict[str, Tensor]:
@@ -123,3 +131,8 @@ def _along_rows(zero_points: Tensor) -> Tensor:
     bytes_ = (pairs[:, :, 0] | pairs[:, :, 1] << 4).transpose(1, 2)
     # `contiguous` keeps the odd stride of a single column, which `view` refuses
     return bytes_.clone(memory_format=torch.contiguous_format).view(torch.int32).squeeze(2)
+
+
+COMPRESSED_TENSORS = CheckpointFormat(
+    METHOD, why_not, tensors_of, config_of, kv_scale="{0}_scale", kv_shape=(1,), rotates=True
+)

@@ -24,7 +24,7 @@ from llmopt.compiler.errors import ArtifactError, InputError
 from llmopt.compiler.quant.storage import PARTS
 from llmopt.compiler.recipe import PassSpec, Recipe
 from llmopt.runtime import export_checkpoint
-from llmopt.runtime.export_checkpoint import Item, Plan, write
+from llmopt.runtime.export_checkpoint import Item, write
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -262,7 +262,7 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path) -> None:
 
     good = Item({"a": ((2,), torch.float32)}, lambda: {"a": torch.ones(2)})
     with pytest.raises(ArtifactError, match="no more"):
-        write(Plan([good, Item({"b": ((2,), torch.float32)}, fail)]), {}, {}, tmp_path / "out", {})
+        write([good, Item({"b": ((2,), torch.float32)}, fail)], {}, {}, tmp_path / "out", {})
     assert not list(tmp_path.iterdir())
 
 
@@ -270,7 +270,7 @@ def test_large_checkpoints_have_several_files(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(export_checkpoint, "SHARD_BYTES", 20)
     tensors = {name: torch.full((3,), value) for value, name in enumerate("abcd", 1)}
     items = [Item({n: ((3,), torch.int64)}, lambda n=n: {n: tensors[n]}) for n in tensors]
-    told = write(Plan(items), {"model_type": "llama"}, {}, tmp_path / "out", {})
+    told = write(items, {"model_type": "llama"}, {}, tmp_path / "out", {})
     assert told == {"bytes": 96, "files": 4, "tensors": 4}
     assert {name: tensor.tolist() for name, tensor in read(tmp_path / "out").items()} == {
         name: tensor.tolist() for name, tensor in tensors.items()
