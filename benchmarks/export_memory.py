@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +60,16 @@ def checkpoint(folder: Path, layers: int, hidden: int, vocabulary: int) -> int:
     return total
 
 
-def peak(model: Path, out: Path, to: str, recipe: str) -> tuple[float, float, int]:
-    """Seconds, peak bytes and bytes written of one export."""
+def peak(model: Path, out: Path, to: str, recipe: str) -> tuple[int, int]:
+    """Peak bytes and bytes written of one export."""
     command = [sys.executable, "-m", "llmopt", "export", str(model), "--to", to, "-r", recipe, "-o", str(out)]
-    started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} failed")
     written = sum(file.stat().st_size for file in out.iterdir())
     shutil.rmtree(out)
-    return time.perf_counter() - started, usage.ru_maxrss * 1024, written
+    return usage.ru_maxrss * 1024, written
 
 
 def main() -> None:
@@ -89,13 +87,13 @@ def main() -> None:
         size = checkpoint(large, args.layers, args.hidden, args.vocabulary)
         print(f"{size / 2**30:.2f} GiB of weights")
         for to, recipe in CASES:
-            _, base, _ = peak(small, Path(folder, "out"), to, recipe)
-            seconds, most, written = peak(large, Path(folder, "out"), to, recipe)
+            base, _ = peak(small, Path(folder, "out"), to, recipe)
+            most, written = peak(large, Path(folder, "out"), to, recipe)
             results.append({
                 "to": to, "recipe": recipe, "baseline_bytes": base, "peak_bytes": most, "above_bytes": most - base,
-                "written_bytes": written, "seconds": seconds,
+                "written_bytes": written,
             })  # fmt: skip
-            print(f"{to:20} {recipe:10} {(most - base) / 2**20:6.0f} MiB above {base / 2**20:5.0f}, {seconds:5.0f} s")
+            print(f"{to:20} {recipe:10} {(most - base) / 2**20:6.0f} MiB above {base / 2**20:5.0f}")
     if args.out:
         settings = {"layers": args.layers, "hidden": args.hidden, "vocabulary": args.vocabulary, "weight_bytes": size}
         write_json(args.out, {**environment(), "settings": settings, "results": results})
