@@ -2,8 +2,9 @@
 
 python benchmarks/export_memory.py --out benchmarks/results/export-memory.json
 
-Each export runs in a process of its own; its peak is what the kernel says of it when it ends (ru_maxrss, which counts
-the pages of mapped files, too). The small model, of as many layers, gives the baseline: what interpreter, torch,
+Each export runs in a process of its own, which keeps what the kernel says of it when it ends (VmHWM of
+/proc/self/status; it counts the pages of mapped files, too. ru_maxrss would count what this process had when it forked).
+The small model, of as many layers, gives the baseline: what interpreter, torch,
 capture and passes take.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +26,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from llmopt.runtime.measure import environment, write_json
 
 PICO = Path(__file__).resolve().parents[1] / "examples" / "models" / "pico-llama-4m"
+MEASURED = """
+import atexit, sys
+from pathlib import Path
+kept = Path(sys.argv.pop())
+atexit.register(lambda: kept.write_text(Path("/proc/self/status").read_text()))
+from llmopt.cli import main
+main()
+"""
 CASES = (
     ("compressed-tensors", "default"),
     ("compressed-tensors", "nvfp4+max"),
@@ -62,14 +70,14 @@ def checkpoint(folder: Path, layers: int, hidden: int, vocabulary: int) -> int:
 
 def peak(model: Path, out: Path, to: str, recipe: str) -> tuple[int, int]:
     """Peak bytes and bytes written of one export."""
-    command = [sys.executable, "-m", "llmopt", "export", str(model), "--to", to, "-r", recipe, "-o", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed")
+    kept = out.with_suffix(".status")
+    given = ["export", str(model), "--to", to, "-r", recipe, "-o", str(out), str(kept)]
+    if subprocess.run([sys.executable, "-c", MEASURED, *given], stdout=subprocess.DEVNULL).returncode:
+        raise SystemExit(f"llmopt {' '.join(given[:-1])} failed")
+    (line,) = (line for line in kept.read_text().splitlines() if line.startswith("VmHWM"))
     written = sum(file.stat().st_size for file in out.iterdir())
     shutil.rmtree(out)
-    return usage.ru_maxrss * 1024, written
+    return int(line.split()[1]) * 1024, written
 
 
 def main() -> None:
