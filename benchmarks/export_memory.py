@@ -2,10 +2,9 @@
 
 python benchmarks/export_memory.py --out benchmarks/results/export-memory.json
 
-Each export runs in a process of its own, which keeps what the kernel says of it when it ends (VmHWM of
-/proc/self/status; it counts the pages of mapped files, too. ru_maxrss would count what this process had when it forked).
-The small model, of as many layers, gives the baseline: what interpreter, torch,
-capture and passes take.
+Each export runs in a process of its own, which keeps what the kernel says of it when it ends: VmHWM of
+/proc/self/status, which counts the pages of mapped files, too (ru_maxrss would count what this process had when it
+forked). The small model, of as many layers, gives the baseline: what interpreter, torch, capture and passes take.
 """
 
 from __future__ import annotations
