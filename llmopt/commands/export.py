@@ -12,6 +12,7 @@ import torch
 
 from llmopt.commands.model import Wanted, notes_to_say, say_notes
 from llmopt.compiler.checkpoint import checkpoint_dtype, read_config
+from llmopt.compiler.errors import InputError
 from llmopt.compiler.program import Program
 from llmopt.compiler.recipe import Recipe
 from llmopt.console import Progress, is_artifact, say, stages, write_json
@@ -59,6 +60,11 @@ def _opened(
         dtype = "float32"
         say("note: computes in float32, as ONNX Runtime's CPU provider does; --dtype float16 keeps 16 bits")
     ahead = replace(recipe, passes=tuple(spec for spec in recipe.passes if spec.name not in RUNTIME))
+    if wanted.statistics is not None and not learns(ahead):
+        raise InputError(
+            f"--statistics {str(wanted.statistics)!r} keeps what a recipe learns, and no pass of {recipe.name!r} "
+            "learns; leave it out (steps of --kv-cache are not kept), or add a recipe such as +gptq"
+        )
     # a cache in few bits learns from them, too, and then the recipe need not
     given = None if "kv_cache" in settings and not learns(ahead) else data
     program, report, _ = build(model, ahead, dtype=dtype, progress=progress, calibration=given)
