@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmopt.compiler.program import Program, Weight
+from llmopt.compiler.program import NOT_KEPT, Program, Weight
 
 PIECES, LENGTH = 256, 64  # elements that are looked at: so many pieces, evenly over the tensor, of so many each
 _COMPUTED = "computed from the config"  # such as RoPE's frequencies: on another CPU, the last bits may be others
@@ -73,9 +73,15 @@ def fingerprint_of(program: Program) -> Fingerprint:
     the first window does anyway.
     """
     used = program.used_weights()
-    origins = dict.fromkeys(origin for name in used for origin in program.origins(name))
+    origins = dict.fromkeys(origin for name in used for origin in _held(program, name))
     values = {name: _of_values(program.weights[name]) for name in origins}
     return Fingerprint({name: tuple(weight.shape) for name, weight in used.items()}, values)
+
+
+def _held(program: Program, name: str) -> list[str]:
+    """The checkpoint's weights that a weight is made of; itself where they are known by shape only (an artifact's)."""
+    origins = program.origins(name)
+    return [name] if any(program.weights[origin].note == NOT_KEPT for origin in origins) else origins
 
 
 def _of_values(weight: Weight) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.graph import Graph
 
+NOT_KEPT = "not kept"  # the note of a weight that an artifact knows by name, shape and dtype only
 JOINED = "concat"  # the label of a Fold of weights one below another
 
 

@@ -231,6 +231,8 @@ class CompiledModel:
         from llmopt.runtime.build import Calibration
         from llmopt.runtime.export import export
 
+        if calibration is not None and not settings.get("kv_cache"):
+            raise InputError("export was given calibration data, which only a kv_cache learns from; leave them out")
         data = None if calibration is None else Calibration(calibration)
         export(self.program, self.recipe, to, Path(path), settings, data)
         return Path(path)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from llmopt.compiler.errors import ArtifactError
-from llmopt.compiler.program import ModelFacts, Program, StateSpec, Weight
+from llmopt.compiler.program import NOT_KEPT, ModelFacts, Program, StateSpec, Weight
 from llmopt.compiler.recipe import Recipe
 from llmopt.compiler.target import Target
 from llmopt.runtime import native
@@ -296,7 +296,7 @@ def _weights(path: Path, manifest: Mapping[str, Any]) -> dict[str, Weight]:
             found[name] = replace(held[name], inputs=tuple(inputs))
         else:
             load = functools.partial(_not_kept, path, name)
-            found[name] = Weight(tuple(shape), _dtype(dtype), load, "not kept", tuple(inputs))
+            found[name] = Weight(tuple(shape), _dtype(dtype), load, NOT_KEPT, tuple(inputs))
     return held | found
 
 

@@ -24,12 +24,12 @@ RUNTIME = frozenset({"insert-kv-cache", "quantize-kv", "fuse", "lower"})
 
 def check_format(to: str, settings: Mapping[str, Any]) -> None:
     """Raises InputError: `to` is no format, or has no such settings."""
-    if to not in FORMATS:
-        raise InputError(f"--to {to!r} is no format; {did_you_mean(to, FORMATS)}")
+    if not isinstance(to, str) or to not in FORMATS:
+        raise InputError(f"--to {to!r} is no format; {did_you_mean(str(to), FORMATS)}")
     if to in ("onnx", "genai"):
         onnx_options(to, settings)
         return
-    if others := ["--" + name.replace("_", "-") for name in settings if name != "kv_cache"]:
+    if others := ["--no-cache" if n == "cache" else "--" + n.replace("_", "-") for n in settings if n != "kv_cache"]:
         said = " and ".join(others)
         raise InputError(f"{said} says how an ONNX graph is made, and --to {to} makes none; leave it out")
     if settings.get("kv_cache", "fp8") != "fp8":

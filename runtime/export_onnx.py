@@ -44,10 +44,12 @@ def write_onnx(
         raise InputError(
             f"--to {told['format']} needs the package {error.name}, which is not installed; pip install 'llmopt[onnx]'"
         ) from error
-    if program.facts.dtype not in (torch.float32, torch.float16) and options.weights != "standard":
+    ours = options.weights == "standard" and told["format"] == "onnx"
+    if program.facts.dtype not in (torch.float32, torch.float16) and not ours:
         raise InputError(
             f"the model computes in {str(program.facts.dtype).removeprefix('torch.')}, in which ONNX Runtime's CPU "
-            "provider has no products; export it in float32 or float16 (--dtype), or with --weights standard"
+            "provider has no products; export it in float32 or float16 (--dtype; an artifact has to be compiled again "
+            "with it), or --to onnx with --weights standard"
         )
     graph = _plain(program, options)
     model = onnx_model(program, graph, options, kv.steps if kv else ())
@@ -62,11 +64,25 @@ def write_onnx(
             ir.save(model, new / MODEL, external_data=DATA, alignment=ALIGNMENT)
         else:
             ir.save(model, new / MODEL)
+        _check(new / MODEL)
         for name, data in files.items():
             (new / name).write_bytes(data)
         if configured is not None:
             (new / "genai_config.json").write_text(json.dumps(configured, indent=2) + "\n", encoding="utf-8")
     return held
+
+
+def _check(file: Path) -> None:
+    """Raises InputError: ONNX's checker finds that operators are given what they do not take."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise InputError(
+            f"the graph is not valid ONNX ({str(error).strip().splitlines()[0]}), so nothing was written; rewrite the "
+            "line of the model that it names, and report it as a bug in llmopt"
+        ) from error
 
 
 def _plain(program: Program, options: OnnxOptions) -> Graph:

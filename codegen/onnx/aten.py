@@ -25,7 +25,7 @@ _END = 2**63 - 1
 
 
 def _alike(name: str) -> Lowering:
-    return lambda e, node: getattr(e.op, name)(e(node.args[0]))
+    return lambda e, node: getattr(e.op, name)(_operand(e, node, node.args[0]))
 
 
 def _operand(e: Emitter, node: fx.Node, arg: Any) -> Any:
@@ -46,6 +46,8 @@ def _arithmetic(name: str) -> Lowering:
         if argument(node, "rounding_mode", None) is not None:
             return single_op(e, node)
         left, right = (_operand(e, node, arg) for arg in node.args[:2])
+        if node.meta["val"].dtype == torch.bool:
+            return getattr(e.op, {"Add": "Or", "Mul": "And"}[name])(left, right)  # torch subtracts and divides none
         alpha = argument(node, "alpha", 1)
         if alpha != 1:
             right = e.op.Mul(right, _operand(e, node, alpha))
@@ -59,7 +61,7 @@ def _pow(e: Emitter, node: fx.Node) -> Any:
 
 
 def _rsqrt(e: Emitter, node: fx.Node) -> Any:
-    return e.op.Reciprocal(e.op.Sqrt(e(node.args[0])))
+    return e.op.Reciprocal(e.op.Sqrt(_operand(e, node, node.args[0])))
 
 
 def _embedding(e: Emitter, node: fx.Node) -> Any:
@@ -169,8 +171,18 @@ def _size(e: Emitter, node: fx.Node) -> Any:
 def _arange(e: Emitter, node: fx.Node) -> Any:
     first, step = argument(node, "start", 0), argument(node, "step", 1)
     last = argument(node, "end", None)
+    if any(isinstance(size, float) for size in (first, last, step)):
+        return single_op(e, node)
     made = e.op.Range(*(e.op.Squeeze(e.sizes([size]), [0]) for size in (first, last, step)))
     return e.op.Cast(made, to=int(from_torch_dtype(node.meta["val"].dtype)))
+
+
+def _repeat(e: Emitter, node: fx.Node) -> Any:
+    counts: Any = argument(node, "repeats", None)
+    value = e(node.args[0])
+    if extra := len(counts) - node.args[0].meta["val"].dim():  # type: ignore[union-attr]
+        value = e.op.Unsqueeze(value, list(range(extra)))
+    return e.op.Tile(value, e.sizes(counts))
 
 
 def _expand(e: Emitter, node: fx.Node) -> Any:
@@ -200,7 +212,7 @@ TABLE: dict[str, Lowering] = {
     "pow": _pow, "rsqrt": _rsqrt, "silu": _silu, "gelu": _gelu, "softmax": _softmax, "_softmax": _softmax,
     "embedding": _embedding, "to": _cast, "_to_copy": _cast, "type_as": _cast, "cat": _cat,
     "unsqueeze": _unsqueeze, "squeeze": _squeeze, "transpose": _transpose, "permute": _permute,
-    "reshape": _reshape, "view": _reshape, "_unsafe_view": _reshape, "expand": _expand,
+    "reshape": _reshape, "view": _reshape, "_unsafe_view": _reshape, "expand": _expand, "repeat": _repeat,
     "split": _split, "split_with_sizes": _split, "chunk": _split, "getitem": _getitem,
     "slice": _slice, "select": _select, "index_select": _index_select,
     "layer_norm": _layer_norm, "sym_size": _size, "arange": _arange,

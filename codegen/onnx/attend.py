@@ -65,7 +65,10 @@ def attention(e: Emitter, node: fx.Node) -> Any:
     """As the options say; q, k, v [B, H, T, D] -> [B, Hq, T, Dv]."""
     from llmopt.codegen.onnx.emitter import Heads
 
-    flat = [e.op.Reshape(e.apart(arg), [0, 0, -1]) for arg in node.args[:3]]  # type: ignore[arg-type]
+    flat = []
+    for arg in node.args[:3]:
+        shape = arg.meta["val"].shape  # type: ignore[union-attr]
+        flat.append(e.op.Reshape(e.apart(arg), [0, 0, int(shape[1]) * int(shape[3])]))  # type: ignore[arg-type]
     made = (_grouped if e.options.attention == "gqa" else _standard)(e, node, flat)
     return Heads(e.op.Reshape(made, [0, 0, int(node.meta["val"].shape[1]), -1]))
 

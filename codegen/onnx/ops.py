@@ -60,16 +60,21 @@ def rope(e: Emitter, node: fx.Node) -> Any:
     r, heads = int(cos.meta["val"].shape[-1]), int(x.meta["val"].shape[1])
     if not (_same_halves(cos) and _same_halves(sin)):
         return _rotated(e, e(x), e(cos), e(sin), r, int(x.meta["val"].shape[-1]))
-    tables = [_half(e, table, r) for table in (cos, sin)]
+    tables = [_half(e, table, r, x) for table in (cos, sin)]
     flat = e.op.Reshape(e.apart(x), [0, 0, -1])
     made = e.op.RotaryEmbedding(flat, *tables, num_heads=heads, rotary_embedding_dim=r)
     return Heads(e.op.Reshape(made, [0, 0, heads, -1]))
 
 
-def _half(e: Emitter, table: fx.Node, r: int) -> ir.Value:
+def _half(e: Emitter, table: fx.Node, r: int, x: fx.Node) -> ir.Value:
+    """The first half of cos or sin, for each sequence of x its own."""
     key = "half", table
     if key not in e.once:
-        e.once[key] = e.op.Slice(e(table), [0], [r // 2], [-1])
+        half = e.op.Slice(e(table), [0], [r // 2], [-1])
+        if str(table.meta["val"].shape[0]) != str(x.meta["val"].shape[0]):  # one for all sequences
+            sequences = e.op.Shape(e.values[e.graph.inputs()[0]], start=0, end=1)
+            half = e.op.Expand(half, e.op.Concat(sequences, e.constant([1, 1], torch.int64), axis=0))
+        e.once[key] = half
     return e.once[key]  # type: ignore[no-any-return]
 
 

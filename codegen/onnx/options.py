@@ -33,6 +33,13 @@ class OnnxOptions:
 
     def __post_init__(self) -> None:
         """Raises InputError: a value that is none of those."""
+        if not isinstance(self.cache, bool):
+            raise InputError(f"cache is {self.cache!r}; wanted True or False")
+        if self.accuracy_level and self.weights != "portable":
+            raise InputError(
+                f"--accuracy-level {self.accuracy_level} is MatMulNBits', which --weights {self.weights} has none of; "
+                "leave it out, or take --weights portable"
+            )
         if self.weights not in WEIGHTS:
             raise InputError(f"--weights {self.weights!r} is no form of weights; {did_you_mean(self.weights, WEIGHTS)}")
         if self.attention not in ATTENTION:

@@ -40,6 +40,9 @@ def single_op(e: Emitter, node: fx.Node) -> Any:
     tensors = node.all_input_nodes
     if not all(isinstance(n.meta["val"], Tensor) for n in tensors):
         raise InputError(_told(node, "it takes a size that is not fixed"))
+    if not tensors:  # the same in every call
+        made = node.target(*node.args, **node.kwargs)  # type: ignore[operator]
+        return e.builder.initializer(ir.tensor(made, name=node.name), qualify=False)
     named: dict[str, tuple[int, Any]] = {}  # by a size that is not fixed: one for the example, and torch's name of it
     examples, dynamic = [], []
     for n in tensors:
@@ -58,7 +61,8 @@ def single_op(e: Emitter, node: fx.Node) -> Any:
                 opset_version=e.options.opset, dynamic_shapes=(tuple(dynamic),),
             )  # fmt: skip
     except Exception as error:
-        raise InputError(_told(node, str(error).strip().splitlines()[0])) from error
+        cause = error.__cause__ or error
+        raise InputError(_told(node, f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}")) from error
     assert made is not None
     found = _inlined(e, made.model, [e(n) for n in tensors], node)
     return found if isinstance(node.meta["val"], (tuple, list)) else found[0]

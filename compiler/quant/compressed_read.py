@@ -7,6 +7,7 @@ why. Nothing but shapes is read here, except scales that would have to fit in fe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ def coded_weights(
     no config of compressed-tensors, a model that needs more than weights (rotations at run time), a tensor missing.
     """
     from compressed_tensors.quantization import QuantizationConfig
-    from compressed_tensors.utils.match import match_named_modules
+    from compressed_tensors.utils.match import is_match, match_targets
 
     _check(config)
     known = {key: value for key, value in config.items() if key in QuantizationConfig.model_fields}
@@ -57,20 +58,32 @@ def coded_weights(
         ) from error
     found: dict[str, tuple[Weight, Coded]] = {}
     tensors = by_module(files)
-    for group in (parsed.config_groups or {}).values():
-        if group.weights is None:
+    groups = {target: group for group in (parsed.config_groups or {}).values() for target in group.targets}
+    ignored = list(parsed.ignore or ())
+    for name, module in model.named_modules():
+        stored = tensors.get(name, {})
+        if not isinstance(module, nn.Linear) or "weight_scale" not in stored:
             continue
-        for name, module in match_named_modules(model, group.targets, parsed.ignore):
-            stored = tensors.get(name, {})
-            if isinstance(module, nn.Linear) and "weight_scale" in stored:
-                held = {last: safetensors_weight(files[key], key) for last, key in stored.items()}
-                shape = (module.out_features, module.in_features)
-                found[f"{name}.weight"] = _module(name, held, shape, group, parsed.format, dtype)
+        try:
+            # the most specific first: a name, a pattern, a class
+            targets = [] if is_match(name, module, ignored) else match_targets(name, module, list(groups))
+        except re.error as error:
+            raise InputError(
+                f"quantization_config of config.json has a pattern that is none ({error}); mend `targets` and `ignore`"
+            ) from error
+        if targets and (group := groups[targets[0]]).weights is not None:
+            held = {last: safetensors_weight(files[key], key) for last, key in stored.items()}
+            shape = (module.out_features, module.in_features)
+            kv = "keys and values stay as they are: a recipe -kv packs them" if parsed.kv_cache_scheme else ""
+            found[f"{name}.weight"] = _module(name, held, shape, group, parsed.format, dtype, kv)
     return found
 
 
 def _check(config: Mapping[str, Any]) -> None:
     """Raises InputError: what runs beside the weights, which a graph of the plain model does not have."""
+    for name in ("transform_config", "sparsity_config"):
+        if not isinstance(config.get(name) or {}, Mapping):
+            raise InputError(f"quantization_config has a {name} that is {config[name]!r}; wanted an object")
     rotations = (config.get("transform_config") or {}).get("config_groups") or {}
     places = {str(apply["location"]) for group in rotations.values() for apply in group["apply"]}
     if online := sorted(places - set(_FUSED)):
@@ -87,16 +100,21 @@ def _check(config: Mapping[str, Any]) -> None:
 
 
 def _module(
-    name: str, held: Mapping[str, Weight], shape: tuple[int, int], group: Any, whole: str, dtype: torch.dtype
+    name: str,
+    held: Mapping[str, Weight],
+    shape: tuple[int, int],
+    group: Any,
+    whole: str,
+    dtype: torch.dtype,
+    kv: str,
 ) -> tuple[Weight, Coded]:
-    notes = []
     scheme, why = _scheme(group.weights, held, shape)
     activations, rounded = _activations(group.input_activations)
-    notes += [note for note in (why, rounded) if note]
+    notes = [note for note in (why, rounded, kv) if note]
     if scheme is None:
         load = partial(_restored, held, group, whole, dtype)
         return Weight(shape, dtype, load, f"{name} by compressed-tensors"), Coded("", "", None, {}, tuple(notes))
-    return kept(name, scheme, activations, shape, dtype, _readers(held, scheme, shape), notes)
+    return kept(name, scheme, activations, shape, dtype, _readers(name, held, scheme, shape, group.weights), notes)
 
 
 def _scheme(args: Any, held: Mapping[str, Weight], shape: tuple[int, int]) -> tuple[Scheme | None, str]:
@@ -154,20 +172,41 @@ def _activations(args: Any) -> tuple[str, str]:
     return name, f"{said} have scales of each token instead of the checkpoint's own number" if fixed else ""
 
 
-def _readers(held: Mapping[str, Weight], scheme: Scheme, shape: tuple[int, int]) -> dict[str, Callable[[], Tensor]]:
+def _readers(
+    name: str, held: Mapping[str, Weight], scheme: Scheme, shape: tuple[int, int], args: Any
+) -> dict[str, Callable[[], Tensor]]:
     """How each of `storage.PARTS` is made of a module's tensors (`compressed_tensors.tensors_of`, the other way)."""
     rows, columns = shape
+    said = f"{_text(args.strategy)}{f' of {args.group_size}' * bool(args.group_size)}"
+    groups = columns // args.group_size if args.group_size else scheme.scales_shape(*shape)[1] if scheme.rows > 1 else 1
+
+    def spread(stored: Tensor) -> Tensor:
+        """Scales or zero points, those of larger groups, whole rows or the whole weight repeated."""
+        wanted = scheme.scales_shape(*shape)
+        if stored.numel() == 1 and _text(args.strategy) == "tensor":
+            return stored.reshape(1, 1).expand(wanted).contiguous()
+        matrix = stored.reshape(stored.shape[0], -1)
+        if matrix.shape[1] != groups:
+            raise InputError(
+                f"module {name}: the checkpoint has {matrix.shape[1]} scales a row; wanted {groups}, as its "
+                f"quantization_config says (scales by {said}, {columns} columns); the two do not belong together, save "
+                "it again"
+            )
+        return matrix.repeat_interleave(wanted[1] // groups, 1)
 
     def packed() -> Tensor:
         codes = held["weight" if "weight" in held else "weight_packed"].load()
         if codes.dtype == torch.int8:
             return (codes.int() + 128).to(torch.uint8)
-        return codes.view(torch.uint8)[:, : columns * scheme.element.bits // 8].contiguous()
+        found = codes.view(torch.uint8)
+        if codes.dtype == torch.int32 and codes.shape[1] == -(-columns * scheme.element.bits // 32):
+            found = found[:, : columns * scheme.element.bits // 8]  # the last word may be part full
+        return found.contiguous()
 
     def scales() -> Tensor:
         found = held["weight_scale"].load()
         stored = found.view(torch.uint8) if found.dtype == torch.float8_e8m0fnu else found.to(scheme.scale_dtype)
-        return _spread(stored, scheme, shape)
+        return spread(stored)
 
     def global_scale() -> Tensor:
         return (1.0 / held["weight_global_scale"].load().float()).reshape(())
@@ -175,19 +214,10 @@ def _readers(held: Mapping[str, Weight], scheme: Scheme, shape: tuple[int, int])
     def zero_points() -> Tensor:
         words = held["weight_zero_point"].load().t().contiguous().view(torch.uint8)  # eight rows a word
         codes = torch.stack((words & 15, words >> 4), -1).flatten(1).t()[:rows]
-        return _spread(codes.contiguous(), scheme, shape)
+        return spread(codes.contiguous())
 
     made: tuple[Callable[[], Tensor], ...] = (packed, scales, global_scale, zero_points)
     return dict(zip(PARTS, made, strict=True))
-
-
-def _spread(stored: Tensor, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
-    """Scales or zero points, those of larger groups, whole rows or the whole weight repeated."""
-    wanted = scheme.scales_shape(*shape)
-    if stored.numel() == 1:
-        return stored.reshape(1, 1).expand(wanted).contiguous()
-    matrix = stored.reshape(stored.shape[0], -1)
-    return matrix.repeat_interleave(wanted[1] // matrix.shape[1], 1) if wanted[1] % matrix.shape[1] == 0 else matrix
 
 
 def _restored(held: Mapping[str, Weight], group: Any, whole: str, dtype: torch.dtype) -> Tensor:

@@ -30,6 +30,10 @@ def export(model: str, to: str, out: Path, settings: Mapping[str, Any], wanted: 
     """
     settings = {name: value for name, value in settings.items() if value is not None}
     check_format(to, settings)
+    if Path(model).exists() and out.exists() and out.resolve() == Path(model).resolve():
+        raise InputError(
+            f"--out {str(out)!r} is the model itself, which the export would replace; choose another folder"
+        )
     started = time.perf_counter()
     with stages(f"exporting {model}") as progress:
         data = wanted.data(progress)
@@ -55,7 +59,8 @@ def _opened(
         parts = load(Path(model), runs_here=False)
         return parts.program, parts.recipe, []
     recipe, dtype = wanted.parsed(), wanted.dtype
-    widens = to in ("onnx", "genai") and settings.get("weights") != "standard" and not dtype and not recipe.dtype
+    widens = to == "genai" or (to == "onnx" and settings.get("weights") != "standard")
+    widens = widens and not dtype and not recipe.dtype
     if widens and checkpoint_dtype(read_config(model)) != torch.float32:
         dtype = "float32"
         say("note: computes in float32, as ONNX Runtime's CPU provider does; --dtype float16 keeps 16 bits")

@@ -220,6 +220,21 @@ def test_a_cache_in_few_bits(kind: str, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_an_artifact_with_a_cache_in_few_bits(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("def main():\n    return 0\n")
+    compiled = llmopt.compile(str(PICO), recipe="int8", dtype="float32", target="cpu:generic")
+    compiled.save(tmp_path / "artifact")
+    given = ["--to", "onnx", "--attention", "gqa", "--kv-cache", "int8", "-o", str(tmp_path / "out")]
+    code, said = run(str(tmp_path / "artifact"), *given, "--calibration", str(texts))
+    assert code == 0, said
+    ids = torch.tensor([compiled.tokenizer.encode(texts.read_text())])
+    want = compiled.export(tmp_path / "want", "onnx", ids, attention="gqa", kv_cache="int8")
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == (want / "model.onnx").read_bytes()
+    code, said = run(str(tmp_path / "artifact"), "--to", "onnx", "-o", str(tmp_path / "artifact"))
+    assert (code, "is the model itself" in said) == (2, True)
+
+
 def test_half_precision(tmp_path: Path) -> None:
     compiled = llmopt.compile(tiny("gemma").half(), recipe="int4", target="cpu:generic")
     out = compiled.export(tmp_path / "out", "onnx", attention="gqa")
@@ -241,6 +256,35 @@ class Own(nn.Module):
         q, k, v = self.qkv(x).view(*input_ids.shape, 3, 4, 8).permute(2, 0, 3, 1, 4)
         made = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.head(nn.functional.mish(x + self.out(made.transpose(1, 2).flatten(2))))
+
+
+class Turned(Own):
+    """Rotary embedding by tables of one row for all sequences, and operators on whole numbers and truth values."""
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        at = torch.arange(input_ids.shape[1])[None].float()[..., None] * torch.tensor([1.0, 0.1, 0.01, 0.001])
+        table = torch.cat((at, at), -1)
+        cos, sin = table.cos(), table.sin()
+        few = (input_ids > 3) * (input_ids < 60)
+        x = self.table(input_ids) * (few + (input_ids > 61))[..., None] + torch.sqrt(input_ids + 1)[..., None]
+        x = x + torch.sigmoid(position_ids)[..., None] + torch.arange(0, 16, 0.5)
+        q, k, v = self.qkv(x).view(*input_ids.shape, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        q, k = (torch.ops.llmopt.rope(y, cos, sin) for y in (q, k))
+        made = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(x + self.out(made.transpose(1, 2).flatten(2)))
+
+
+def test_tables_for_all_sequences_and_whole_numbers(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = Turned().eval()
+    compiled = llmopt.compile(model, target="cpu:generic")
+    places = torch.arange(11).expand(3, 11)
+    with torch.no_grad():
+        want = model(IDS % 64, places)
+    for number, form in enumerate(FORMS):
+        out = compiled.export(tmp_path / str(number), "onnx", **form)
+        checked(out)
+        assert off(logits(out, IDS % 64, (8, 1, 1, 1) if form.get("cache", True) else ()), want) < 2e-6
 
 
 class Shifted(Own):
@@ -347,6 +391,13 @@ def test_an_artifact_leaves_as_the_model_would(tmp_path: Path) -> None:
         (["--to", "onnx", "--attention", "mha"], "--attention 'mha' is unknown"),
         (["--to", "onnx", "--accuracy-level", "5"], "--accuracy-level 5 is none that MatMulNBits has"),
         (["--to", "onnx", "--attention", "gqa", "--no-cache"], "GroupQueryAttention always has one"),
+        (["--to", "onnx", "--accuracy-level", "4", "--weights", "function"], "--weights function has none of"),
+        (
+            ["--to", "genai", "--dtype", "bfloat16", "--weights", "standard"],
+            "ONNX Runtime's CPU provider has no products",
+        ),
+        (["--to", "compressed-tensors", "--no-cache"], "--no-cache says how an ONNX graph is made"),
+        (["--to", "onnx", "--kv-cache", "int8"], "GroupQueryAttention (gqa) keeps keys and values in int8 or int4"),
         (["--to", "genai", "--no-cache"], "--to genai generates with a cache"),
         (["--to", "onnx", "--dtype", "bfloat16"], "ONNX Runtime's CPU provider has no products"),
         (["--to", "onnx", "-r", "w4a4"], "activations in nvfp4 cannot leave as ONNX"),

@@ -68,7 +68,7 @@ def range_of(weight: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
 
 def written(
     folder: Path,
-    kind: QuantizationScheme,
+    kind: QuantizationScheme | tuple[QuantizationScheme, ...],
     dtype: torch.dtype = torch.bfloat16,
     share: bool = True,
     ignore: tuple[str, ...] = ("lm_head",),
@@ -76,7 +76,8 @@ def written(
     """A model saved as llm-compressor saves it: parameters beside each weight, packed, with the config."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).to(dtype)
-    config = QuantizationConfig(config_groups={"group_0": kind}, ignore=list(ignore))
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    config = QuantizationConfig(config_groups={f"group_{n}": k for n, k in enumerate(kinds)}, ignore=list(ignore))
     apply_quantization_config(model, config)
     modules = {n: m for n, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None}
     for name, module in modules.items():
@@ -104,12 +105,13 @@ def written(
     return folder
 
 
-def restored(folder: Path, kind: QuantizationScheme) -> dict[str, Tensor]:
-    """Every weight that compressed-tensors restores, by module."""
+def restored(folder: Path, kind: QuantizationScheme, only: str = "") -> dict[str, Tensor]:
+    """Every weight that compressed-tensors restores, by module; `only` one of them."""
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     stored, found = load_file(folder / "model.safetensors"), {}
-    compressor: Any = BaseCompressor.get_value_from_registry(config["format"])
-    for module in {name.rpartition(".")[0] for name in stored if name.endswith("weight_scale")}:
+    packed = config["format"] if config["format"] != "mixed-precision" else "pack-quantized"
+    compressor: Any = BaseCompressor.get_value_from_registry(packed)
+    for module in {name.rpartition(".")[0] for name in stored if name.endswith("weight_scale") and only in name}:
         state = {n.rpartition(".")[2]: t for n, t in stored.items() if n.rpartition(".")[0] == module}
         found[module] = compressor.decompress(state, kind)["weight"]
     return found
@@ -194,14 +196,31 @@ def test_other_weights_can_be_quantised(tmp_path: Path) -> None:
     assert found == ["int4_g128"] * 8 + ["int8"]
 
 
+def test_the_most_specific_group_counts(tmp_path: Path) -> None:
+    """A pattern before the class, in either order, as in compressed-tensors."""
+    eight = QuantizationScheme(targets=["re:.*q_proj"], weights=KINDS["W8A16"][0].weights)
+    for number, groups in enumerate(((KINDS["W4A16"][0], eight), (eight, KINDS["W4A16"][0]))):
+        source = written(tmp_path / str(number), groups)
+        program = llmopt.compile(str(source), dtype="float32", target="cpu:generic").program
+        for module, kind in ((f"{ATTENTION}.q_proj", eight), (f"{ATTENTION}.k_proj", KINDS["W4A16"][0])):
+            theirs = restored(source, kind, module)[module]
+            assert torch.equal(program.weights[f"{module}.weight"].load().to(theirs.dtype), theirs)
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     source = written(tmp_path / "in", KINDS["W4A16"][0])
     with pytest.raises(InputError, match=r"holds in codes, which would be lost; leave out what changes weights"):
         llmopt.compile(str(source), "rotate", target="cpu:generic")
     config = json.loads((source / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
     for more, said in (
         ({"quant_method": "gptq"}, r"a quantised checkpoint \(gptq\)"),
         ({"config_groups": {"group_0": {"targets": 3}}}, "is none that compressed-tensors reads"),
+        (
+            {"config_groups": {"g": {**group, "targets": ["re:*("]}}},
+            "has a pattern that is none",
+        ),
+        ({"transform_config": [1]}, r"has a transform_config that is \[1\]; wanted an object"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, r"sparse weights \(sparse-24-bitmask\)"),
         (
             {"transform_config": {"config_groups": {"u": {"apply": [{"location": "v_cache"}, {"location": "input"}]}}}},
@@ -217,7 +236,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     for lost, change, said in (
         (f"{MLP}.down_proj.weight_packed", None, "has no weight_packed"),
         (f"{MLP}.down_proj.weight_packed", lambda t: t[:-1], r"packed of the checkpoint are torch.uint8 \(255, 256\)"),
-        (f"{MLP}.down_proj.weight_scale", lambda t: t[:, :-1], "scales of the checkpoint"),
+        (f"{MLP}.down_proj.weight_packed", lambda t: t.repeat(1, 2), r"packed of the checkpoint are .* \(256, 512\)"),
+        (f"{MLP}.down_proj.weight_scale", lambda t: t[:, :-1], "has 3 scales a row; wanted 4"),
+        (f"{MLP}.down_proj.weight_scale", lambda t: t.repeat_interleave(2, 1), "has 8 scales a row; wanted 4"),
         (f"{MLP}.down_proj.weight_scale", None, "down_proj.weight is not among its tensors"),
     ):
         changed = {n: t for n, t in tensors.items() if n != lost}
