@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor
 
+FORMS: list[dict[str, Any]] = [{"cache": False}, {}, {"attention": "gqa"}]
+IDS = torch.randint(1, 96, (3, 11), generator=torch.Generator().manual_seed(1))
 DTYPES = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
 }  # fmt: skip
@@ -83,3 +87,12 @@ def greedy(folder: Path, prompts: list[list[int]], count: int, right: bool) -> l
         else:
             mask = torch.cat((mask, torch.ones_like(ids)), 1)
     return torch.stack(made, 1).tolist()
+
+
+def off(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+def checked(folder: Path) -> onnx.ModelProto:
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    return onnx.load(str(folder / "model.onnx"), load_external_data=False)
