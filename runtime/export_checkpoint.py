@@ -124,7 +124,8 @@ def _pieces(program: Program, name: str) -> list[tuple[str, int]]:
     rows = [(key, shape[0]) for key, shape in found if shape[1:] == weight.shape[1:]]
     if sum(count for _, count in rows) != weight.shape[0]:
         raise InputError(
-            f"weight {name!r} is {weight.note}, which is no whole tensors of a checkpoint one below another"
+            f"weight {name!r} is {weight.note}, which is no whole tensors of a checkpoint one below another; "
+            "export --to onnx, which takes it as it is"
         )
     return rows
 
