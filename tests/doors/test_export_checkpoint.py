@@ -245,9 +245,10 @@ def test_what_stands_in_the_way(sources: dict[str, Path], tmp_path: Path) -> Non
     out = tmp_path / "out"
     out.mkdir()
     source = sources["llama"]
-    before = {path.name: path.read_bytes() for path in source.iterdir()}
-    assert "was not written by `llmopt export`" in " ".join(exported(source, "fp8", source).split())
-    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    for there, said in ((source, "is the model itself"), (sources["qwen2"], "was not written by `llmopt export`")):
+        before = {path.name: path.read_bytes() for path in there.iterdir()}
+        assert said in " ".join(exported(source, "fp8", there).split())
+        assert {path.name: path.read_bytes() for path in there.iterdir()} == before
     assert exported(source, "fp8", out).startswith("wrote")
     assert exported(source, "int8", out).startswith("wrote")  # over the older one
     assert read(out)["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
