@@ -231,7 +231,7 @@ def _coded(source: str, model: PreTrainedModel | None, config: Mapping[str, Any]
             "name that transformers' model has for it, and codes are read by name; use the checkpoint it was made from"
         )
     program = _read(model, facts, files, {name: weight for name, (weight, _) in coded.items()})
-    program.coded = {name: found for name, (_, found) in coded.items() if name in program.weights}
+    program.coded = {name: found for name, (_, found) in coded.items()}
     return program
 
 

@@ -42,6 +42,8 @@ class KeepCodes(Pass):
         stats = PassStats()
         for coded in program.coded.values():
             stats.notes += [note for note in coded.notes if note not in stats.notes]
+        if tied := sorted(set(program.coded) - set(program.weights)):
+            stats.notes.append(f"codes of {', '.join(tied)} are not read: config.json ties the weight to another")
         for graph in program.graphs.values():
             for node in [n for n in graph.calls("linear") if operand(n).op == "get_attr"]:
                 name = str(operand(node).target)

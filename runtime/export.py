@@ -14,7 +14,7 @@ from llmopt.compiler.quant.compressed_tensors import COMPRESSED_TENSORS
 from llmopt.compiler.quant.modelopt import MODELOPT
 from llmopt.compiler.recipe import Recipe
 from llmopt.runtime.build import Calibration
-from llmopt.runtime.export_kv import kv_scales
+from llmopt.runtime.export_kv import kv_steps
 
 CHECKPOINTS = {each.name: each for each in (COMPRESSED_TENSORS, MODELOPT)}
 FORMATS = ("onnx", "genai", *CHECKPOINTS)
@@ -60,7 +60,7 @@ def export(
             "runs it decides on its cache); leave the recipe's -kv part out"
         )
     told = {"format": to, "recipe": recipe.name, **({"settings": dict(settings)} if settings else {})}
-    kv = kv_scales(program, settings["kv_cache"], calibration) if settings.get("kv_cache") else None
+    kv = kv_steps(program, settings["kv_cache"], calibration) if settings.get("kv_cache") else ()
     if to in CHECKPOINTS:
         from llmopt.runtime.export_checkpoint import write_checkpoint
 

@@ -26,7 +26,7 @@ from llmopt.compiler.quant import scheme_of
 from llmopt.compiler.quant.checkpoint_format import CheckpointFormat, Contents, rows_of
 from llmopt.compiler.quant.storage import PARTS, types_of
 from llmopt.runtime.export_folder import companions, export_folder
-from llmopt.runtime.export_kv import KVScales
+from llmopt.runtime.export_kv import KVSteps
 from llmopt.runtime.export_rotations import Rotations, rotations
 from llmopt.runtime.replace import Folder
 from llmopt.runtime.tensors import bytes_of, header
@@ -185,7 +185,7 @@ def _neutral(program: Program, key: str) -> Item:
 
 
 def write_checkpoint(
-    program: Program, to: CheckpointFormat, kv: KVScales | None, out: Path, told: Mapping[str, Any]
+    program: Program, to: CheckpointFormat, kv: KVSteps, out: Path, told: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write a program as a checkpoint in the format `to` to the folder `out`, whole or not at all; what it holds.
 
@@ -199,7 +199,7 @@ def write_checkpoint(
     config = json.loads(program.facts.config)
     stored = stored_names(config)
     made = plan(program, stored, to)
-    if kv is not None:
+    if kv:
         made.items += _kv_items(program, kv, stored, to)
         made.contents.kv_cache = True
     config["dtype"] = str(program.facts.dtype).removeprefix("torch.")
@@ -213,10 +213,10 @@ def write_checkpoint(
     return {**held, "modules": sum(map(len, made.contents.groups.values()))}
 
 
-def _kv_items(program: Program, kv: KVScales, stored: Sequence[str], to: CheckpointFormat) -> list[Item]:
+def _kv_items(program: Program, kv: KVSteps, stored: Sequence[str], to: CheckpointFormat) -> list[Item]:
     """The scales of keys and of values of each attention, where the format has them."""
     items = []
-    for node, both in zip(program.graph("forward").calls("attention"), kv.steps, strict=True):
+    for node, both in zip(program.graph("forward").calls("attention"), kv, strict=True):
         inside = f"{origin(node).module}."
         module = next((name[: name.index(inside)] + inside for name in stored if inside in name), None)
         if module is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from llmopt.compiler.calibration_statistics import Statistics
@@ -14,18 +12,11 @@ from llmopt.runtime.build import Calibration
 KINDS = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}  # and the number that the largest magnitude becomes
 
 
-@dataclass(frozen=True)
-class KVScales:
-    """How keys and values are kept: `kind` of KINDS, and for each attention, in order, the steps of keys and values.
-
-    Steps are float32 [D], of the channels of all heads.
-    """
-
-    kind: str
-    steps: tuple[tuple[Tensor, Tensor], ...]
+# of each attention, in order, what one unit of keys and of values is worth: float32 [D], of the channels of all heads
+KVSteps = tuple[tuple[Tensor, Tensor], ...]
 
 
-def kv_scales(program: Program, kind: str, calibration: Calibration | None) -> KVScales:
+def kv_steps(program: Program, kind: str, calibration: Calibration | None) -> KVSteps:
     """Steps by the largest magnitudes that the plain forward makes of the calibration tokens.
 
     Raises InputError: an unknown kind, no calibration data, statistics instead of them.
@@ -42,9 +33,7 @@ def kv_scales(program: Program, kind: str, calibration: Calibration | None) -> K
         f"{name} {at}": (node.args[i],) for at, node in enumerate(nodes) for i, name in ((1, "keys"), (2, "values"))
     }
     seen = calibration(program, False, watched)  # type: ignore[arg-type]
-    return KVScales(
-        kind, tuple((_steps(seen, f"keys {at}", kind), _steps(seen, f"values {at}", kind)) for at in range(len(nodes)))
-    )
+    return tuple((_steps(seen, f"keys {at}", kind), _steps(seen, f"values {at}", kind)) for at in range(len(nodes)))
 
 
 def _steps(seen: Statistics, name: str, kind: str) -> Tensor:

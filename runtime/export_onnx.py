@@ -17,7 +17,7 @@ from llmopt.compiler.propagate import propagate, symbolic_inputs
 from llmopt.compiler.rowwise import check_rowwise
 from llmopt.passes.insert_kv_cache import use_positions
 from llmopt.runtime.export_folder import companions, export_folder
-from llmopt.runtime.export_kv import KVScales
+from llmopt.runtime.export_kv import KVSteps
 from llmopt.runtime.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ EXTERNAL_BYTES = 100 * 2**20  # a file that is one message has to fit in memory 
 ALIGNMENT = 2**16  # what any system maps files at
 
 
-def write_onnx(
-    program: Program, options: OnnxOptions, kv: KVScales | None, out: Path, told: dict[str, Any]
-) -> dict[str, Any]:
+def write_onnx(program: Program, options: OnnxOptions, kv: KVSteps, out: Path, told: dict[str, Any]) -> dict[str, Any]:
     """Write `model.onnx`, its weights beside it where they are large, and the tokenizer to the folder `out`.
 
     For the format `genai` (of `told`) also `genai_config.json`; `kv` are the steps of `options.kv_cache`. Returns what
@@ -52,7 +50,7 @@ def write_onnx(
             "with it), or --to onnx with --weights standard"
         )
     graph = _plain(program, options)
-    model = onnx_model(program, graph, options, kv.steps if kv else ())
+    model = onnx_model(program, graph, options, kv)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     held = {"bytes": size, "nodes": model.graph.num_nodes(), "opset": options.opset}
     configured = genai_config(program.facts, graph, model, options) if told["format"] == "genai" else None

@@ -155,10 +155,9 @@ def _layer_norm(e: Emitter, node: fx.Node) -> Any:
     x: Any = node.args[0]
     weight, bias = argument(node, "weight", None), argument(node, "bias", None)
     shape: Sequence[int] = argument(node, "normalized_shape", None)
-    ones = e.constant([1.0] * shape[0], x.meta["val"].dtype) if len(shape) == 1 else None
-    if weight is None and ones is None:
+    if weight is None and len(shape) > 1:
         return single_op(e, node)
-    scale = ones if weight is None else e(weight)
+    scale = e.constant([1.0] * shape[0], x.meta["val"].dtype) if weight is None else e(weight)
     given = (e(x), scale) if bias is None else (e(x), scale, e(bias))
     return e.op.LayerNormalization(*given, axis=-len(shape), epsilon=float(argument(node, "eps", 1e-5)))
 

@@ -7,23 +7,20 @@ GroupQueryAttention, which counts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import fx
 
+from llmopt.codegen.onnx.emitter import Emitter, Heads
 from llmopt.compiler import ops
 from llmopt.compiler.emittable import argument
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.graph import where
 
-if TYPE_CHECKING:
-    from llmopt.codegen.onnx.emitter import Emitter
-
 KEYS = ("key", "value")
-_END = 2**63 - 1
 
 
 def inputs(e: Emitter) -> None:
@@ -63,8 +60,6 @@ def outputs(e: Emitter) -> None:
 @ops.attention.onnx
 def attention(e: Emitter, node: fx.Node) -> Any:
     """As the options say; q, k, v [B, H, T, D] -> [B, Hq, T, Dv]."""
-    from llmopt.codegen.onnx.emitter import Heads
-
     flat = []
     for arg in node.args[:3]:
         shape = arg.meta["val"].shape  # type: ignore[union-attr]

@@ -28,7 +28,7 @@ from llmopt.compiler.op import op_of
 from llmopt.compiler.program import Program
 
 IR_VERSION = {23: 11, 24: 12}  # of the opsets in `OnnxOptions`
-NAMES = {"B": "batch", "T": "sequence", "P": "past", "S": "total"}
+NAMES = {"B": "batch", "T": "sequence"}
 
 
 @dataclass
@@ -99,10 +99,11 @@ class Emitter:
         self, name: str, shape: Sequence[int], dtype: ir.DataType, load: Callable[[], ir.TensorProtocol]
     ) -> ir.Value:
         """A tensor of the file, made by `load` when it is written; the same one for the same name."""
-        if name not in self.once:
+        key = "initializer", name
+        if key not in self.once:
             lazy = ir.LazyTensor(load, dtype=dtype, shape=ir.Shape(shape), name=name)
-            self.once[name] = self.builder.initializer(lazy, name=name, qualify=False)
-        return self.once[name]  # type: ignore[no-any-return]
+            self.once[key] = self.builder.initializer(lazy, name=name, qualify=False)
+        return self.once[key]  # type: ignore[no-any-return]
 
     def constant(self, value: Any, dtype: torch.dtype) -> ir.Value:
         """A number, or a list of them, as a tensor of the file."""
@@ -187,6 +188,6 @@ def onnx_model(
         functions=list(emitter.builder.functions.values()),
     )
     RemoveUnusedNodesPass()(model)
-    if "com.microsoft" not in {node.domain for node in ir.traversal.RecursiveGraphIterator(made)}:
+    if CONTRIB not in {node.domain for node in ir.traversal.RecursiveGraphIterator(made)}:
         made.opset_imports.pop(CONTRIB, None)
     return model

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
+from llmopt.codegen.onnx.emitter import Emitter, Heads
 from llmopt.compiler import ops
 from llmopt.compiler.emittable import argument, op_name
-
-if TYPE_CHECKING:
-    from llmopt.codegen.onnx.emitter import Emitter
 
 _HALF = (torch.float16, torch.bfloat16)
 _POINTWISE = ("to", "_to_copy", "mul", "cos", "sin")
@@ -21,8 +19,6 @@ _POINTWISE = ("to", "_to_copy", "mul", "cos", "sin")
 @ops.rms_norm.onnx
 def rms_norm(e: Emitter, node: fx.Node) -> Any:
     """RMSNormalization, which rounds before the product with the weight; after it, all in float32."""
-    from llmopt.codegen.onnx.emitter import Heads
-
     x, weight = node.args[0], argument(node, "weight", None)
     assert isinstance(x, fx.Node)
     given = e.values.get(x)
@@ -54,8 +50,6 @@ def _normed(e: Emitter, node: fx.Node, value: ir.Value, weight: Any, fake: Tenso
 @ops.rope.onnx
 def rope(e: Emitter, node: fx.Node) -> Any:
     """RotaryEmbedding where the two halves of cos and of sin are one; products and sums otherwise."""
-    from llmopt.codegen.onnx.emitter import Heads
-
     x, cos, sin = (arg for arg in node.args[:3] if isinstance(arg, fx.Node))
     r, heads = int(cos.meta["val"].shape[-1]), int(x.meta["val"].shape[1])
     if not (_same_halves(cos) and _same_halves(sin)):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor, fx
 
+from llmopt.codegen.onnx import function, portable, standard
 from llmopt.codegen.onnx.activations import rounded
+from llmopt.codegen.onnx.emitter import Emitter
 from llmopt.compiler import ops
 from llmopt.compiler.emittable import argument
 from llmopt.compiler.errors import InputError
@@ -22,9 +24,6 @@ from llmopt.compiler.quant.packing import unpack
 from llmopt.compiler.quant.scales import decoded_scales
 from llmopt.compiler.quant.schemes import Scheme
 from llmopt.compiler.quant.storage import PARTS
-
-if TYPE_CHECKING:
-    from llmopt.codegen.onnx.emitter import Emitter
 
 
 @ops.linear.onnx
@@ -42,8 +41,6 @@ def linear(e: Emitter, node: fx.Node) -> Any:
 @ops.quantized_linear.onnx
 def quantized_linear(e: Emitter, node: fx.Node) -> Any:
     """In the form of `OnnxOptions.weights`."""
-    from llmopt.codegen.onnx import function, portable, standard
-
     x: Any = node.args[0]
     packed: Any = node.args[1]
     scheme = scheme_of(str(argument(node, "scheme", "")))

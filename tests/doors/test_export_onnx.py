@@ -224,9 +224,13 @@ def test_an_artifact_with_a_cache_in_few_bits(tmp_path: Path) -> None:
 
 
 def test_half_precision(tmp_path: Path) -> None:
-    compiled = llmopt.compile(tiny("gemma").half(), recipe="int4", target="cpu:generic")
+    """No further from float32 than torch's own float16 is, but for a factor."""
+    model = tiny("gemma").half()
+    compiled = llmopt.compile(model, recipe="int4", target="cpu:generic")
     out = compiled.export(tmp_path / "out", "onnx", attention="gqa")
-    assert off(logits(out, IDS, (8, 1, 1, 1)).float(), compiled(IDS).float()) < 2e-2
+    got, ours = logits(out, IDS, (8, 1, 1, 1)).float(), compiled(IDS).float()
+    want = llmopt.compile(model.float(), recipe="int4", target="cpu:generic")(IDS)
+    assert off(got, want) < 2 * off(ours, want)
     assert {value.dtype for value in ir.load(out / "model.onnx").graph.outputs} == {ir.DataType.FLOAT16}
 
 

@@ -170,6 +170,15 @@ def test_notes(tmp_path: Path) -> None:
         assert any(said in note for note in entry.stats.notes)
 
 
+def test_a_head_that_the_config_ties(tmp_path: Path) -> None:
+    source = written(tmp_path / "in", KINDS["FP8_DYNAMIC"][0], ignore=())
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    compiled = llmopt.compile(str(source), target="cpu:generic")
+    (entry,) = [entry for entry in compiled.report.passes if entry.name == "keep-codes"]
+    assert "codes of lm_head.weight are not read: config.json ties the weight to another" in entry.stats.notes
+
+
 def test_global_scales_of_their_own_are_not_joined(tmp_path: Path) -> None:
     kind = KINDS["NVFP4A16"][0]
     apart = llmopt.compile(str(written(tmp_path / "apart", kind, share=False)), target="cpu:generic", dtype="float32")
