@@ -21,10 +21,9 @@ from llmopt.compiler.program import Coded, Weight, safetensors_weight
 from llmopt.compiler.quant.coded import by_module, kept
 from llmopt.compiler.quant.schemes import SCHEMES, Scheme
 from llmopt.compiler.quant.storage import PARTS
+from llmopt.compiler.quant.transforms_read import turn_activations
 
 GROUPS = (128, 64, 32)
-# rotations in these places lie in the weights; all others run in the model
-_FUSED = ("weight_input", "weight_output")
 _FLOATS = {
     (4, "tensor_group", 16): "nvfp4", (4, "group", 32): "mxfp4", (6, "group", 32): "mxfp6_e2m3",
     (8, "group", 32): "mxfp8", (8, "tensor", None): "fp8", (8, "channel", None): "fp8_channel",
@@ -47,7 +46,7 @@ def coded_weights(
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils.match import is_match, match_targets
 
-    _check(config)
+    notes = _beside(model, config, files, dtype)
     known = {key: value for key, value in config.items() if key in QuantizationConfig.model_fields}
     try:
         parsed = QuantizationConfig.model_validate(known)
@@ -56,6 +55,8 @@ def coded_weights(
             f"quantization_config of config.json is none that compressed-tensors reads ({str(error).splitlines()[0]}); "
             "save the checkpoint again"
         ) from error
+    if parsed.kv_cache_scheme:
+        notes.append("keys and values stay as they are: a recipe -kv packs them")
     found: dict[str, tuple[Weight, Coded]] = {}
     tensors = by_module(files)
     groups = {target: group for group in (parsed.config_groups or {}).values() for target in group.targets}
@@ -74,29 +75,21 @@ def coded_weights(
         if targets and (group := groups[targets[0]]).weights is not None:
             held = {last: safetensors_weight(files[key], key) for last, key in stored.items()}
             shape = (module.out_features, module.in_features)
-            kv = "keys and values stay as they are: a recipe -kv packs them" if parsed.kv_cache_scheme else ""
-            found[f"{name}.weight"] = _module(name, held, shape, group, parsed.format, dtype, kv)
+            found[f"{name}.weight"] = _module(name, held, shape, group, parsed.format, dtype, notes)
     return found
 
 
-def _check(config: Mapping[str, Any]) -> None:
-    """Raises InputError: what runs beside the weights, which a graph of the plain model does not have."""
+def _beside(model: nn.Module, config: Mapping[str, Any], files: Mapping[str, Path], dtype: torch.dtype) -> list[str]:
+    """Take over what runs beside the weights; what is to be said of it. Raises InputError: what cannot be."""
     for name in ("transform_config", "sparsity_config"):
         if not isinstance(config.get(name) or {}, Mapping):
             raise InputError(f"quantization_config has a {name} that is {config[name]!r}; wanted an object")
-    rotations = (config.get("transform_config") or {}).get("config_groups") or {}
-    places = {str(apply["location"]) for group in rotations.values() for apply in group["apply"]}
-    if online := sorted(places - set(_FUSED)):
-        raise InputError(
-            f"quantization_config has rotations that run in the model (transform_config, at {', '.join(online)}), "
-            "which are not read; use a checkpoint whose rotations lie in its weights, or the one it was made from with "
-            "a recipe `rotate`"
-        )
     sparse = (config.get("sparsity_config") or {}).get("format", "dense")
     if sparse != "dense":
         raise InputError(
             f"quantization_config has sparse weights ({sparse}), which are not read; use a dense checkpoint"
         )
+    return turn_activations(model, config.get("transform_config") or {"config_groups": {}}, files, dtype)
 
 
 def _module(
@@ -106,11 +99,11 @@ def _module(
     group: Any,
     whole: str,
     dtype: torch.dtype,
-    kv: str,
+    beside: list[str],
 ) -> tuple[Weight, Coded]:
     scheme, why = _scheme(group.weights, held, shape)
     activations, rounded = _activations(group.input_activations)
-    notes = [note for note in (why, rounded, kv) if note]
+    notes = [note for note in (why, rounded, *beside) if note]
     if scheme is None:
         load = partial(_restored, held, group, whole, dtype)
         return Weight(shape, dtype, load, f"{name} by compressed-tensors"), Coded("", "", None, {}, tuple(notes))
