@@ -44,6 +44,7 @@ class Case:
 CASES = (
     Case("fp32", "default", {}),
     Case("fp32-gqa", "default", {"attention": "gqa"}),
+    Case("fp8-exact", "fp8", {"attention": "gqa"}),
     Case("int8-exact", "int8", {"attention": "gqa"}),
     Case("int8-fast", "int8", {"attention": "gqa", "accuracy_level": 4}, exact=False),
     Case("int4-exact", "int4", {"attention": "gqa"}),

@@ -11,6 +11,7 @@ EXPORTS = {
     "hf-fused": "the same with its fusions for ONNX Runtime",
     "fp32": "**llmopt**, float32",
     "fp32-gqa": "**llmopt**, float32, `--attention gqa`",
+    "fp8-exact": "**llmopt** `fp8`",
     "int8-exact": "**llmopt** `int8`",
     "int8-fast": "**llmopt** `int8 --accuracy-level 4`",
     "int4-exact": "**llmopt** `int4`",

@@ -65,7 +65,10 @@ def attention(e: Emitter, node: fx.Node) -> Any:
         shape = arg.meta["val"].shape  # type: ignore[union-attr]
         flat.append(e.op.Reshape(e.apart(arg), [0, 0, int(shape[1]) * int(shape[3])]))  # type: ignore[arg-type]
     made = (_grouped if e.options.attention == "gqa" else _standard)(e, node, flat)
-    return Heads(e.op.Reshape(made, [0, 0, int(node.meta["val"].shape[1]), -1]))
+    sequences, heads, tokens, channels = node.meta["val"].shape
+    made.dtype = from_torch_dtype(node.meta["val"].dtype)
+    made.shape = ir.Shape([e.size(sequences), e.size(tokens), int(heads) * int(channels)])
+    return Heads(e.op.Reshape(made, [0, 0, int(heads), -1]))
 
 
 def _settings(node: fx.Node) -> tuple[Any, float, int, float]:

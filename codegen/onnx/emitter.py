@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from llmopt.codegen.onnx import aten
 from llmopt.codegen.onnx.options import CONTRIB, OnnxOptions
+from llmopt.codegen.onnx.reshapes import drop_reshapes
 from llmopt.codegen.onnx.single_op import single_op
 from llmopt.compiler.emittable import op_name
 from llmopt.compiler.errors import InputError
@@ -187,6 +188,7 @@ def onnx_model(
         producer_name="llmopt",
         functions=list(emitter.builder.functions.values()),
     )
+    drop_reshapes(made)
     RemoveUnusedNodesPass()(model)
     if CONTRIB not in {node.domain for node in ir.traversal.RecursiveGraphIterator(made)}:
         made.opset_imports.pop(CONTRIB, None)

@@ -138,24 +138,39 @@ def test_every_scheme(scheme: str, form: str, tmp_path: Path) -> None:
         assert [f.name for f in model.functions] == [f"{scheme}_linear"]
 
 
-@pytest.mark.parametrize(("scheme", "bits"), [("int4_g32", 4), ("int4_g128_asym", 4), ("int8", 8), ("nvfp4", 8)])
-def test_codes_are_the_program_s(scheme: str, bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("level", [0, 4])
+@pytest.mark.parametrize("scheme", ["int4_g32", "int4_g128_asym", "int8", "int8_g128", "nvfp4", "mxfp6_e2m3"])
+def test_codes_are_the_program_s(scheme: str, level: int, tmp_path: Path) -> None:
+    """Those of 8 bits are two of 4 where activations are not rounded."""
     compiled = llmopt.compile(tiny("phi"), recipe=with_weights(scheme), target="cpu:generic")
-    out = compiled.export(tmp_path / "out", "onnx")
+    out = compiled.export(tmp_path / "out", "onnx", accuracy_level=level)
     found = {value.name: value.const_value for value in ir.load(out / "model.onnx").graph.initializers.values()}
     weights, kind = compiled.program.weights, scheme_of(scheme)
     names = [name.removesuffix(".packed") for name in weights if name.endswith(".packed")]
+    whole = level == 4 and not scheme.startswith("int4")
+    multiple = {"e2m1": 2, "e2m3": 8}.get(kind.element.name, 1)
     assert len(names) == 6
+
+    def four_bits(label: str, columns: int) -> torch.Tensor:
+        return unpack(torch.from_numpy(found[label].numpy().copy()).flatten(1), 4, columns)
+
     for name in names:
         codes = unpack(weights[f"{name}.packed"].load(), kind.element.bits, kind.padded(weights[name].shape[1]))
-        theirs = torch.from_numpy(found[f"{name}.codes"].numpy().copy()).flatten(1)
-        got = theirs if bits == 8 else unpack(theirs, 4, codes.shape[1])
-        want = kind.element.decode(codes) * 2 + 128 if kind.element.is_float else codes
+        columns = -(-codes.shape[1] // 128) * 128 if not kind.group else codes.shape[1]
+        if scheme.startswith("int4"):
+            got, want = four_bits(f"{name}.codes", columns), codes
+        else:
+            want = kind.element.decode(codes) * multiple + 128
+            if whole:
+                got = torch.from_numpy(found[f"{name}.codes"].numpy().copy()).flatten(1)
+            else:
+                low = four_bits(f"{name}.codes_low", columns).int() - (8 if kind.element.is_float else 0)
+                got = 16 * four_bits(f"{name}.codes_high", columns) + low
         assert torch.equal(got[:, : codes.shape[1]].float(), want.float())
         assert (got[:, codes.shape[1] :] == 128).all()
-    wanted = ["layers.0.mlp.fc2", "MatMulNBits"]
-    nodes = [n for n in ir.load(out / "model.onnx").graph if n.op_type == wanted[1] and wanted[0] in str(n.name)]
-    assert [n.attributes["bits"].value for n in nodes] == [bits]
+    nodes = [n for n in ir.load(out / "model.onnx").graph if n.op_type == "MatMulNBits" and "mlp.fc2" in str(n.name)]
+    found_bits = [n.attributes["bits"].value for n in nodes if "layers.0" in str(n.name)]
+    assert found_bits == ([8] if whole else [4] if scheme.startswith("int4") else [4, 4])
 
 
 @pytest.mark.parametrize(("weights", "activations"), [("int8", "int8"), ("fp8_channel", "fp8_channel"), ("fp8", "fp8")])
