@@ -179,9 +179,16 @@ def check_output(path: Path) -> None:
         raise InputError(f"output {str(path)!r} is a file; {wanted}")
     if path.is_dir() and any(path.iterdir()) and not is_artifact(str(path)):
         raise InputError(f"output {str(path)!r} is a folder with other files in it; {wanted}")
+    check_parent(path)
+
+
+def check_parent(path: Path) -> None:
+    """InputError unless a folder can be made here."""
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"output {str(path)!r} cannot be made: {str(parent)!r} is not a folder to write to; {wanted}")
+        raise InputError(
+            f"output {str(path)!r} cannot be made: {str(parent)!r} is not a folder to write to; choose another -o"
+        )
 
 
 def read_text(path: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmopt.runtime.replace import replacing
+from llmopt.runtime.replace import check_replaceable, replacing
 from llmopt.runtime.tokenizer import TOKENIZER_FILES
 
 RECEIPT = "llmopt_export.json"
@@ -34,6 +34,11 @@ def export_folder(out: Path, told: Mapping[str, Any]) -> Iterator[Path]:
                 os.fsync(number)
             finally:
                 os.close(number)
+
+
+def check_out(out: Path) -> None:
+    """Before anything is compiled: raises ArtifactError if `export_folder` would not replace what is at `out`."""
+    check_replaceable(Path(os.path.realpath(out)), _foreign, "export")
 
 
 def companions(source: str | None) -> dict[str, bytes]:

@@ -71,11 +71,7 @@ def replacing(path: Path, may_replace: Callable[[Path], str | None], what: str =
     """
     path = Path(os.path.realpath(path))
     try:
-        reason = _obstacle(path, may_replace)
-        if reason is not None:
-            raise ArtifactError(
-                f"{what} {str(path)!r} cannot be saved: {reason}; nothing was changed: choose another path"
-            )
+        check_replaceable(path, may_replace, what)
         path.parent.mkdir(parents=True, exist_ok=True)
         settle(path)
         _sweep(path)
@@ -89,6 +85,13 @@ def replacing(path: Path, may_replace: Callable[[Path], str | None], what: str =
                 shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
         raise ArtifactError(f"{what} {str(path)!r} cannot be saved: {_explained(error)}") from error
+
+
+def check_replaceable(path: Path, may_replace: Callable[[Path], str | None], what: str = "artifact") -> None:
+    """Raises ArtifactError if `replacing` would, because of what is at `path` now."""
+    reason = _obstacle(path, may_replace)
+    if reason is not None:
+        raise ArtifactError(f"{what} {str(path)!r} cannot be saved: {reason}; nothing was changed: choose another path")
 
 
 def settle(path: Path) -> Path:

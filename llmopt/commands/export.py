@@ -15,11 +15,12 @@ from llmopt.compiler.checkpoint import checkpoint_dtype, read_config
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.program import Program
 from llmopt.compiler.recipe import Recipe
-from llmopt.console import Progress, is_artifact, say, stages, write_json
+from llmopt.console import Progress, check_parent, is_artifact, say, stages, write_json
 from llmopt.runtime.artifact import load
 from llmopt.runtime.build import Calibration, build, learns
 from llmopt.runtime.export import RUNTIME, check_format
 from llmopt.runtime.export import export as write
+from llmopt.runtime.export_folder import check_out
 
 
 def export(model: str, to: str, out: Path, settings: Mapping[str, Any], wanted: Wanted, as_json: bool) -> None:
@@ -34,6 +35,8 @@ def export(model: str, to: str, out: Path, settings: Mapping[str, Any], wanted: 
         raise InputError(
             f"--out {str(out)!r} is the model itself, which the export would replace; choose another folder"
         )
+    check_parent(out)
+    check_out(out)
     started = time.perf_counter()
     with stages(f"exporting {model}") as progress:
         data = wanted.data(progress)
