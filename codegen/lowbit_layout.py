@@ -8,9 +8,9 @@ lane has 8 of every 32. Scales lie beside in the order in which lanes read them:
 - for a scale of one byte every 16 or 32 weights, which the kernel puts on the weights: int32 [stripe, block of
   8 * own columns, g, t], bytes (first or second half of the block, row g or g + 8). E4M3 becomes 5 bits of exponent
   and 3 of mantissa, without subnormals; E8M0 is counted from the tensor's largest, which becomes 254.
-- for groups of 32 and more, whose sums are scaled: int32 [stripe, group, 8], the bfloat16 of row g in the lower half
-  and of row g + 8 in the upper one; float32: its bits, [stripe, group, 16 rows]; with zero points [stripe, group, 16],
-  the bfloat16 in the upper half and in the lower one the bfloat16 -(128 + zero point).
+- for groups of 32 and more, whose sums are scaled: int32 [stripe, group, 8], the bfloat16 or float16 of row g in the
+  lower half and of row g + 8 in the upper one; float32: its bits, [stripe, group, 16 rows]; with zero points [stripe,
+  group, 16], the bfloat16 or float16 in the upper half and in the lower one the bfloat16 -(128 + zero point).
 - for scales of a row or a tensor, and the tensor's global scale: float32 `factor` [rows] or [1], which also takes
   back what was added to exponents.
 
@@ -72,7 +72,7 @@ def constants(scheme: Scheme) -> dict[str, str | int]:
     """What the template `lowbit` is told of the scheme."""
     where = side(scheme)
     factors = 0 if where == "sums" and not scheme.has_global else 2 if where == "rows" and scheme.rows else 1
-    scale = scheme.scale if scheme.symmetric else "zeros"
+    scale = scheme.scale if scheme.symmetric else f"{scheme.scale} zeros"
     found: dict[str, str | int] = {"ELEMENT": scheme.element.name, "SIDE": where, "SCALE": scale}
     return {**found, "GROUP": scheme.group, "FACTORS": factors}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmopt.compiler.program import Program
 from llmopt.compiler.quant import quantize
-from llmopt.compiler.recipe import Recipe
+from llmopt.compiler.recipe import PassSpec, Recipe
 from llmopt.compiler.target import Target
 from llmopt.runtime.build import build
 from llmopt.runtime.decoder import Batch
@@ -40,6 +40,16 @@ class Case:
         """In bf16, of one layer."""
         wider = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
         return tiny("llama", torch.bfloat16, **{**wider, **dict(self.changes)})
+
+    def parsed(self) -> Recipe:
+        """The recipe, with weights in the scheme."""
+        recipe = replace(Recipe.parse(self.recipe), page_size=PAGE)
+        given = {"weights": self.scheme} if self.scheme else {}
+        passes = [
+            PassSpec.of(spec.name, **{**dict(spec.options), **(given if spec.name == "quantize" else {})})
+            for spec in recipe.passes
+        ]
+        return replace(recipe, passes=tuple(passes))
 
     def exact(self) -> Any:
         """The model in fp64 with the weights that the program holds: q, k, v and gate, up as one matrix each."""
@@ -66,6 +76,8 @@ CASES = (
     Case("mxfp4", "mxfp4", BIASES),
     Case("int4", "int4_g128"),
     Case("int4-asym", "int4_g128_asym", BIASES),
+    Case("int4", "int4_g32_f16"),
+    Case("int4-asym", "int4_g128_asym_f16", BIASES),
     Case("fp8", "fp8_channel", (("intermediate_size", 40),)),  # halves that end inside a stripe of rows
 )
 
@@ -76,7 +88,7 @@ HANDED_CASES = tuple(Case(recipe, SCHEME_OF[recipe], HANDED) for recipe in ("nvf
 
 @cache
 def lowered(case: Case, target: str = "cuda:sm_90") -> tuple[Program, Recipe, Target, GpuCode]:
-    recipe = replace(Recipe.parse(case.recipe), page_size=PAGE)
+    recipe = case.parsed()
     program, _, context = build(case.model(), recipe, target)
     code = code_for(program, context.target)
     assert isinstance(code, GpuCode)
@@ -85,7 +97,7 @@ def lowered(case: Case, target: str = "cuda:sm_90") -> tuple[Program, Recipe, Ta
 
 def by_reference(case: Case) -> Session:
     """The same recipe, every op by its plain meaning."""
-    recipe = replace(Recipe.parse(case.recipe), page_size=PAGE, providers=("reference",))
+    recipe = replace(case.parsed(), providers=("reference",))
     program, _, context = build(case.model(), recipe, "cpu")
     return open_session(program, recipe, context.target, code_for(program, context.target))
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DOMAIN = "llmopt.quantized"
 _DTYPES = {
     torch.uint8: ir.DataType.UINT8, torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN, torch.float32: ir.DataType.FLOAT,
-    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16, torch.float16: ir.DataType.FLOAT16,
 }  # fmt: skip
 _FLOAT = int(ir.DataType.FLOAT)
 _END = 2**63 - 1

@@ -52,7 +52,8 @@ def _part(
     elif SIDE == "sums":
         GROUPS: tl.constexpr = BATCH  # type: ignore[no-redef]
         word, factor = load_group_scales(scales, stripe, first, SCALE, GROUP, KP, BATCH, WIDE, END)
-        put = (word & 65535) * 65537 if SCALE == "zeros" else constant_operand(word, ELEMENT)
+        ZEROS: tl.constexpr = SCALE == "bfloat16 zeros" or SCALE == "float16 zeros"
+        put = (word & 65535) * 65537 if ZEROS else constant_operand(word, ELEMENT)
         factor = tl.reshape(factor, [BATCH, S * 16, 1] if BATCH > 1 else [S * 16, 1])
     else:
         GROUPS: tl.constexpr = 1  # type: ignore[no-redef]
@@ -121,8 +122,9 @@ def lowbit(  # noqa: C901
     """y[m, j] = EPILOGUE of row OFFSET0 + j (and OFFSET1 + j) of W [F, K] with X[m], m < N <= max(BLOCK_M, 8).
 
     w, scales, factor: `lowbit_layout`'s (None where it makes none); ELEMENT, SIDE, GROUP: the scheme's; SCALE e4m3,
-    e8m0, bfloat16, float32, or "zeros" where zero points stand beside; FACTORS 0 none, 1 one, 2 one a row. X is LOAD_X,
-    with NORM times LOAD_G, rounded to bf16, and the sums divided by the root of the mean of LOAD_X's squares plus EPS.
+    e8m0, bfloat16, float16 or float32, with " zeros" where zero points stand beside; FACTORS 0 none, 1 one, 2 one a
+    row. X is LOAD_X, with NORM times LOAD_G, rounded to bf16, and the sums divided by the root of the mean of LOAD_X's
+    squares plus EPS.
     BLOCK_M 1: the one token is loaded once for all eight columns. A step is of SLICES * UNROLL times BLOCK_K columns,
     which SLICES warps share; UNROLL is 1 unless SIDE is "sums". Grid (cdiv(J, BLOCK_J), SPLIT_K). With SPLIT_K > 1:
     tickets i32 [cdiv(J, BLOCK_J)], zero before and after, partial fp32 [cdiv(J, BLOCK_J) * SPLIT_K * (PARTS * BLOCK_J +

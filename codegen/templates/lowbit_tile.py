@@ -115,9 +115,9 @@ def load_group_scales(
     WIDE: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     """(the word beside a row's group, int32 [S, 2, 8, GROUPS, 1, 1] as the words of the weights are placed; the scale,
-    fp32 [GROUPS, S, 2, 8]), for groups from column `first` on. A word of bfloat16 scales serves rows g and g + 8."""
+    fp32 [GROUPS, S, 2, 8]), for groups from column `first` on. A word of scales of 16 bits serves rows g and g + 8."""
     S: tl.constexpr = stripe.shape[0]
-    WORDS: tl.constexpr = 8 if SCALE == "bfloat16" else 16
+    WORDS: tl.constexpr = 8 if SCALE == "bfloat16" or SCALE == "float16" else 16
     group = first // GROUP + tl.arange(0, GROUPS)[None, :, None]
     # a word for each row, even where two rows share one, and each twice for four warps that have few rows: what has
     # fewer elements than there are threads is not loaded ahead
@@ -128,9 +128,12 @@ def load_group_scales(
         word, _ = tl.split(tl.reshape(word, [S, GROUPS, 16, 2]))
     word = tl.permute(tl.reshape(word, [S, GROUPS, 2, 8]), 0, 2, 3, 1)
     scale = word
-    if SCALE == "bfloat16":
+    if SCALE == "bfloat16" or SCALE == "float16":
         scale = word << (16 - 16 * tl.arange(0, 2)[None, :, None, None])
-    if SCALE != "float32":
+    if SCALE == "float16" or SCALE == "float16 zeros":
+        half = (scale >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        scale = half.to(tl.float32).to(tl.int32, bitcast=True)
+    elif SCALE != "float32":
         scale = scale & -65536
     return word[:, :, :, :, None, None], tl.permute(scale, 3, 0, 1, 2).to(tl.float32, bitcast=True)
 

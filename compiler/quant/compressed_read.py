@@ -132,9 +132,10 @@ def _scheme(args: Any, held: Mapping[str, Weight], shape: tuple[int, int]) -> tu
     size = next((g for g in wanted if every and every % g == 0 and columns % every == 0), 0)
     if args.num_bits not in (4, 8) or not size or strategy == "tensor":
         return None, f"{said} are restored: there is no such scheme here"
-    if not _fits(held["weight_scale"]):
-        return None, f"{said} with scales of {held['weight_scale'].dtype} are restored: here they are bfloat16"
-    return SCHEMES[f"int{args.num_bits}_g{size}" + "_asym" * (not args.symmetric)], ""
+    kept = _fits(held["weight_scale"])
+    if kept is None:
+        return None, f"{said} with scales of {held['weight_scale'].dtype} are restored: here they have 16 bits"
+    return SCHEMES[f"int{args.num_bits}_g{size}" + "_asym" * (not args.symmetric) + kept], ""
 
 
 def _text(value: Any) -> str:
@@ -142,12 +143,13 @@ def _text(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
-def _fits(scales: Weight) -> bool:
-    """Are scales numbers that bfloat16 holds?"""
-    if scales.dtype == torch.bfloat16:
-        return True
+def _fits(scales: Weight) -> str | None:
+    """What names of schemes end in whose scales are these numbers, None if there are none. Reads those of more bits."""
+    known = {torch.bfloat16: "", torch.float16: "_f16"}
+    if scales.dtype in known:
+        return known[scales.dtype]
     values = scales.load().float()
-    return torch.equal(values.bfloat16().float(), values)
+    return next((suffix for dtype, suffix in known.items() if torch.equal(values.to(dtype).float(), values)), None)
 
 
 def _activations(args: Any) -> tuple[str, str]:

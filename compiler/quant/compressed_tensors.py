@@ -22,11 +22,10 @@ FORMATS = {
     "mxfp6_e2m3": "mxfp6-pack-quantized",
     "mxfp8": "mxfp8-quantized",
     "int8": "int-quantized",
-    "int8_g128": "pack-quantized",
     "fp8": "float-quantized",
     "fp8_channel": "float-quantized",
     "fp8_block": "float-quantized",
-    **{f"int4_g{group}{asym}": "pack-quantized" for group in (32, 64, 128) for asym in ("", "_asym")},
+    **{name: "pack-quantized" for name, scheme in SCHEMES.items() if scheme.scale in ("bfloat16", "float16")},
 }
 # of activations, whose scales are taken from each token: the arguments; those of NVFP4 and of whole tensors are static
 # numbers in this format

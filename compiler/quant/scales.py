@@ -17,6 +17,7 @@ from llmopt.compiler.quant.schemes import Scheme
 
 E4M3_TINY = 2.0**-9  # smallest subnormal
 E4M3_MAX = 448.0
+F16_TINY, F16_NORMAL, F16_MAX = 2.0**-24, 2.0**-14, 65504.0  # smallest subnormal, smallest normal number, largest
 _TINY = torch.finfo(torch.float32).tiny
 
 # Steps of the stored code tried besides the largest element's own. "search": ScaleSearch (arXiv 2605.12464); "optimal":
@@ -146,6 +147,8 @@ def rounded_scales(wanted: Tensor, scheme: Scheme) -> Tensor:
     # rounded before the cast: compilers leave out a cast there and back, and would compute with what was not rounded
     if scheme.scale == "e4m3":
         return ELEMENTS["e4m3"].nearest(wanted.clamp(min=E4M3_TINY)).to(torch.float8_e4m3fn)
+    if scheme.scale == "float16":
+        return _to_float16(wanted).to(torch.float16)
     wanted = wanted.clamp(min=_TINY)
     return (_to_bfloat16(wanted) if scheme.scale == "bfloat16" else wanted).to(scheme.scale_dtype)
 
@@ -219,3 +222,11 @@ def _unit(low: Tensor, high: Tensor) -> Tensor:
     amax = torch.maximum(high, -low)
     exponent = (amax.view(torch.int32) >> 23).clamp(1, 253)
     return torch.where(amax > 0, ((254 - exponent) << 23).view(torch.float32), 1.0)
+
+
+def _to_float16(x: Tensor) -> Tensor:
+    """Float32 from 0 on rounded to the nearest float16 but 0, ties to even, as float32; what is not finite stays so."""
+    bits = x.view(torch.int32)
+    normal = ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).view(torch.float32)
+    rounded = torch.where(x < F16_NORMAL, (x / F16_TINY).round() * F16_TINY, normal)
+    return torch.where(x.isfinite(), rounded.clamp(F16_TINY, F16_MAX), x)

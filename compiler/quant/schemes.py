@@ -13,6 +13,7 @@ SCALE_DTYPES = {
     "e4m3": torch.float8_e4m3fn,
     "e8m0": torch.uint8,  # the exponent with bias 127, as compressed-tensors stores it
     "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
     "float32": torch.float32,
 }
 
@@ -55,9 +56,9 @@ class Scheme:
         return (-(-rows // self.rows) if self.rows else 1, self.padded(columns) // self.group if self.group else 1)
 
 
-def _int4(group: int, symmetric: bool) -> Scheme:
-    name = f"int4_g{group}" + ("" if symmetric else "_asym")
-    return Scheme(name, ELEMENTS["int4"], group, "bfloat16", symmetric=symmetric)
+def _integers(bits: int, group: int, symmetric: bool, scale: str) -> Scheme:
+    name = f"int{bits}_g{group}" + "_asym" * (not symmetric) + "_f16" * (scale == "float16")
+    return Scheme(name, ELEMENTS[f"int{bits}"], group, scale, symmetric=symmetric)
 
 
 SCHEMES = {
@@ -72,8 +73,14 @@ SCHEMES = {
         Scheme("fp8_channel", ELEMENTS["e4m3"], 0, "float32"),
         Scheme("fp8_block", ELEMENTS["e4m3"], 128, "float32", rows=128),
         Scheme("int8", ELEMENTS["int8"], 0, "float32"),
-        Scheme("int8_g128", ELEMENTS["int8"], 128, "bfloat16"),
-        *(_int4(group, symmetric) for symmetric in (True, False) for group in (32, 64, 128)),
+        *(
+            _integers(bits, group, symmetric, scale)
+            for scale in ("bfloat16", "float16")  # the latter is what packers keep beside a model in float16
+            for bits, group, symmetric in (
+                (8, 128, True),
+                *((4, group, symmetric) for symmetric in (True, False) for group in (32, 64, 128)),
+            )
+        ),
     )
 }
 

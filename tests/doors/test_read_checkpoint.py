@@ -130,11 +130,20 @@ def test_global_scales_of_their_own_are_not_joined(tmp_path: Path) -> None:
 
 
 def test_scales_that_bfloat16_does_not_hold(tmp_path: Path) -> None:
-    source = written(tmp_path / "in", KINDS["W4A16"][0], torch.float16)
-    compiled = llmopt.compile(str(source), target="cpu:generic")
-    assert not list(compiled.program.graph("forward").calls("quantized_linear"))
-    theirs = restored(source, KINDS["W4A16"][0])
-    assert all(torch.equal(compiled.program.weights[f"{m}.weight"].load(), w) for m, w in theirs.items())
+    """Those of a float16 model are kept as they are, those of a float32 model fit in neither."""
+    for name, kept in (("W4A16", "int4_g128_f16"), ("W4A16_ASYM", "int4_g128_asym_f16"), ("W8A16", "int8_g128_f16")):
+        for dtype in (torch.float16, torch.float32):
+            source = written(tmp_path / f"{name} {dtype}", KINDS[name][0], dtype)
+            compiled = llmopt.compile(str(source), target="cpu:generic")
+            found = {str(n.args[6]) for n in compiled.program.graph("forward").calls("quantized_linear")}
+            assert found == ({kept} if dtype == torch.float16 else set())
+            theirs = restored(source, KINDS[name][0])
+            assert all(torch.equal(compiled.program.weights[f"{m}.weight"].load(), w) for m, w in theirs.items())
+            if dtype == torch.float16:
+                out = compiled.export(tmp_path / "out", "compressed-tensors")
+                before, after = (load_file(next(folder.glob("*.safetensors"))) for folder in (source, out))
+                assert set(before) == set(after)
+                assert all(torch.equal(before[key].float(), after[key].float()) for key in before)
 
 
 def test_other_weights_can_be_quantised(tmp_path: Path) -> None:

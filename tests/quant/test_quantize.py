@@ -140,7 +140,7 @@ def test_numbers_at_the_ends_of_float32(name: str, scale: str, size: float):
     restored = made.dequantize()
     assert restored.isfinite().all()
     assert made.scales.float().isfinite().all()
-    if size > 1e-35:
+    if size > 1e-35 and made.scheme.scale != "float16":  # whose ends are nearer
         assert made.error() < 0.03
 
 

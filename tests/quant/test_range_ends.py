@@ -24,7 +24,7 @@ NEAR = {4: 0.34, 6: 0.13, 8: 0.072}
 
 @pytest.mark.parametrize("ramp", [False, True])
 @pytest.mark.parametrize(("dtype", "size"), ENDS)
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [name for name in SCHEMES if SCHEMES[name].scale != "float16"])
 def test_finite_numbers_stay_finite(name: str, dtype: torch.dtype, size: float, ramp: bool):
     x = torch.full((2, 200), size, dtype=dtype)
     if ramp:  # of both signs, so that what a row spans is twice as much
@@ -42,6 +42,21 @@ def test_finite_numbers_stay_finite(name: str, dtype: torch.dtype, size: float, 
         assert restored.dtype is dtype
         assert restored.isfinite().all()
         torch.testing.assert_close(restored[:, -1].double(), x[:, -1].double(), rtol=near, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMES if SCHEMES[name].scale == "float16"])
+def test_what_scales_in_float16_reach(name: str):
+    """As packers have it: beyond 65504 steps are the largest there are, below the smallest one the smallest."""
+    x = torch.linspace(-1, 1, 256)[None].repeat(2, 1)
+    for size in (64000.0, 1e-3):
+        made = quantize(x * size, name)
+        assert made.error() < NEAR[made.scheme.element.bits] ** 2
+        assert made.dequantize(torch.float16).isfinite().all()
+    large, small = quantize(x * 3e38, name), quantize(x * 1e-30, name)
+    assert large.scales.unique().tolist() == [65504.0]
+    assert large.dequantize().isfinite().all()
+    assert small.scales.unique().tolist() == [2.0**-24]
+    assert (small.dequantize().abs() <= 2.0**-25).all()
 
 
 CHOSEN = [

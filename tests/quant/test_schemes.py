@@ -12,6 +12,8 @@ BITS = {
     "nvfp4": 4.5, "mxfp4": 4.25, "mxfp6_e2m3": 6.25, "mxfp6_e3m2": 6.25, "mxfp8": 8.25, "fp8": 8.0, "fp8_channel": 8.0,
     "fp8_block": 8 + 32 / 16384, "int8": 8.0, "int8_g128": 8.125, "int4_g32": 4.5, "int4_g64": 4.25, "int4_g128": 4.125,
     "int4_g32_asym": 4.75, "int4_g64_asym": 4.375, "int4_g128_asym": 4.1875,
+    "int8_g128_f16": 8.125, "int4_g32_f16": 4.5, "int4_g64_f16": 4.25, "int4_g128_f16": 4.125,
+    "int4_g32_asym_f16": 4.75, "int4_g64_asym_f16": 4.375, "int4_g128_asym_f16": 4.1875,
 }  # fmt: skip
 
 
