@@ -9,12 +9,15 @@ for 8 bits, are multiplied by their scales when the model is loaded (DequantizeL
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from llmopt.compiler.quant.packing import pack
 from llmopt.compiler.quant.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -22,8 +25,7 @@ if TYPE_CHECKING:
     from llmopt.codegen.onnx.products import Held
 
 MULTIPLES = {"e2m1": 2, "e2m3": 8}  # of an element's numbers that are whole
-HIGH, LOW = 0, 1  # four bits of eight
-NAMES = "codes_high", "codes_low"
+HIGH, LOW = "codes_high", "codes_low"  # four bits of eight
 INT8_LEVEL = 4  # of MatMulNBits: activations are rounded to int8
 ROW_BLOCK = 128  # MatMulNBits wants blocks; a scale of a whole row is repeated
 
@@ -40,57 +42,81 @@ def product(e: Emitter, held: Held, x: ir.Value, dtype: ir.DataType) -> ir.Value
     return _n_bits(e, held, x, dtype)
 
 
-def _n_bits(e: Emitter, held: Held, x: ir.Value, dtype: ir.DataType) -> ir.Value:
-    scheme = held.scheme
-    block = scheme.group or ROW_BLOCK
-    blocks = -(-held.columns // block)
-    multiple = MULTIPLES.get(scheme.element.name, 1)
-    plain = scheme.element.bits == 4 and not scheme.element.is_float
-    bits = 4 if plain or e.options.accuracy_level < INT8_LEVEL else 8
+@dataclass
+class _Codes:
+    """Codes of a weight in blocks of `block` as MatMulNBits has them."""
 
-    # numbers up to 119 have lower parts from -8 to 7, so that small ones are no difference of large ones; int8 goes on
-    lift = 8 if scheme.element.is_float else 0
+    held: Held
+    block: int
+    halves: dict[str, Tensor] = field(default_factory=dict)  # made of one reading, written one behind the other
 
-    def stored(which: int) -> Tensor:
-        """uint8 codes: ours, or a number's whole multiple and 128, of which `which` says the four bits."""
-        if plain:
-            return held.part("packed").reshape(held.rows, blocks, -1)
-        every = torch.arange(1 << scheme.element.bits, dtype=torch.uint8)
-        table = (scheme.element.decode(every) * multiple + 128).to(torch.uint8)
-        codes = held.looked_up(table, blocks * block, 128)
-        if bits == 4:
-            half = codes + lift >> 4 if which == HIGH else codes + lift & 15
-            codes = half[:, ::2] | half[:, 1::2] << 4
-        return codes.reshape(held.rows, blocks, -1)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and blocks."""
+        return self.held.rows, -(-self.held.columns // self.block)
 
-    def scales() -> Tensor:
-        return (held.steps() / multiple).expand(held.rows, blocks)
+    @property
+    def multiple(self) -> int:
+        """What makes the element's numbers whole."""
+        return MULTIPLES.get(self.held.scheme.element.name, 1)
 
-    def zero_points() -> Tensor:
-        if scheme.symmetric:
-            return torch.zeros(held.rows, -(-blocks // 2), dtype=torch.uint8)
-        zeros = held.part("zero_points")
-        pairs = torch.nn.functional.pad(zeros, (0, blocks % 2)).reshape(held.rows, -1, 2)
+    @property
+    def lift(self) -> int:
+        """The zero point of lower halves: numbers up to 119 have such from -8 to 7, so that small numbers are no
+        difference of large ones; int8 goes on, and has 0 to 15."""
+        return 8 if self.held.scheme.element.is_float else 0
+
+    def four_bits(self) -> Tensor:
+        """uint8 [N, blocks, block / 2] as llmopt stores them."""
+        return self.held.part("packed").reshape(*self.shape, -1)
+
+    def eight_bits(self) -> Tensor:
+        """uint8 [N, blocks, block]: each number's whole multiple, and 128."""
+        element, (rows, blocks) = self.held.scheme.element, self.shape
+        every = torch.arange(1 << element.bits, dtype=torch.uint8)
+        table = (element.decode(every) * self.multiple + 128).to(torch.uint8)
+        return self.held.looked_up(table, blocks * self.block, 128).reshape(rows, blocks, self.block)
+
+    def half(self, which: str) -> Tensor:
+        """uint8 [N, blocks, block / 2]: the upper (`codes_high`) or lower (`codes_low`) four bits of eight."""
+        if which not in self.halves:
+            codes = self.eight_bits().flatten(1).add_(self.lift)
+            self.halves = {HIGH: pack(codes >> 4, 4), LOW: pack(codes & 15, 4)}
+        return self.halves.pop(which).reshape(*self.shape, -1)
+
+    def zero_points(self) -> Tensor:
+        """uint8 [N, (blocks + 1) / 2]: of four bits, two a byte; 0 where there are none of the weight's own."""
+        rows, blocks = self.shape
+        if self.held.scheme.symmetric:
+            return torch.zeros(rows, -(-blocks // 2), dtype=torch.uint8)
+        pairs = torch.nn.functional.pad(self.held.part("zero_points"), (0, blocks % 2)).reshape(rows, -1, 2)
         return pairs[..., 0] | pairs[..., 1] << 4
 
-    def multiplied(which: int) -> ir.Value:
-        shape = held.rows, blocks, block * bits // 8
-        name = "codes" if plain or bits == 8 else NAMES[which]
+
+def _n_bits(e: Emitter, held: Held, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+    element = held.scheme.element
+    codes = _Codes(held, held.scheme.group or ROW_BLOCK)
+
+    def multiplied(name: str, bits: int, load: Callable[[], Tensor], zeros: bool) -> ir.Value:
+        shape = *codes.shape, codes.block * bits // 8
         given = [
-            held.initializer(e, name, shape, ir.DataType.UINT8, lambda: stored(which)),
-            held.initializer(e, "steps", shape[:2], dtype, scales),
+            held.initializer(e, name, shape, ir.DataType.UINT8, load),
+            held.initializer(e, "steps", shape[:2], dtype, lambda: (held.steps() / codes.multiple).expand(shape[:2])),
         ]
-        if (which == LOW and not lift) or not scheme.symmetric:
-            size = held.rows, -(-blocks // 2)
-            given.append(held.initializer(e, "zero_points", size, ir.DataType.UINT8, zero_points))
-        sizes = {"K": held.columns, "N": held.rows, "bits": bits, "block_size": block}
+        if zeros:
+            size = shape[0], -(-shape[1] // 2)
+            given.append(held.initializer(e, "zero_points", size, ir.DataType.UINT8, codes.zero_points))
+        sizes = {"K": held.columns, "N": held.rows, "bits": bits, "block_size": codes.block}
         return e.contrib.MatMulNBits(x, *given, **sizes, accuracy_level=e.options.accuracy_level)  # type: ignore[no-any-return]
 
-    high = multiplied(HIGH)
-    if plain or bits == 8:
-        return high
+    if element.bits == 4 and not element.is_float:
+        return multiplied("codes", 4, codes.four_bits, not held.scheme.symmetric)
+    if e.options.accuracy_level == INT8_LEVEL:
+        return multiplied("codes", 8, codes.eight_bits, False)
+    upper = multiplied(HIGH, 4, lambda: codes.half(HIGH), False)
+    lower = multiplied(LOW, 4, lambda: codes.half(LOW), not codes.lift)
     sixteen = e.constant(16.0, ir.tensor_adapters.to_torch_dtype(dtype))
-    return e.op.Add(e.op.Mul(high, sixteen), multiplied(LOW))  # type: ignore[no-any-return]
+    return e.op.Add(e.op.Mul(upper, sixteen), lower)  # type: ignore[no-any-return]
 
 
 def _folded(e: Emitter, held: Held, dtype: ir.DataType) -> ir.Value:
