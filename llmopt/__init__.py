@@ -95,7 +95,8 @@ def quantize(
 
     `scheme`: `nvfp4`, `mxfp4`, `mxfp6_e2m3`, `mxfp6_e3m2`, `mxfp8`, `fp8` (one scale a tensor), `fp8_channel`,
     `fp8_block`, `int8`, `int8_g128`, `int4_g32`, `int4_g64`, `int4_g128`, the latter three with `_asym`, too, and the
-    latter four with `_f16` (scales in float16, not bfloat16). Any K: the last group may be short.
+    latter four with `_f16` (scales in float16, not bfloat16, from 2^-24 to 65504; what is larger is cut). Any K: the
+    last group may be short.
 
     `scale` chooses scales: `max` by the largest element of a block, as compressed-tensors; `search` keeps the one with
     the least squared error among its neighbours, never worse than `max` (ScaleSearch, arXiv 2605.12464; a grid of

@@ -61,7 +61,7 @@ def plan(program: Program, stored: Sequence[str], to: CheckpointFormat) -> Plan:
     """
     graph, made = program.graph("forward"), Plan()
     taken: dict[str, str] = {}
-    products: dict[fx.Node, str] = {}
+    products: dict[fx.Node, list[str]] = {}
     for name, user in _weights(graph):
         if program.origins(name)[0] not in stored:
             continue  # computed from the config
@@ -70,8 +70,7 @@ def plan(program: Program, stored: Sequence[str], to: CheckpointFormat) -> Plan:
             pieces = [(HEAD, count) for _, count in pieces]
             made.tied = False
         taken.update((key, name) for key, _ in pieces)
-        if len(pieces) == 1:
-            products[user] = pieces[0][0].removesuffix(".weight")
+        products[user] = [key.removesuffix(".weight") for key, _ in pieces]
         if op_name(user) == "quantized_linear" and f"{name}.packed" in program.weights:
             made.items.append(_quantised(program, name, user, pieces, made.contents, to))
         else:

@@ -44,11 +44,12 @@ class Case:
     def parsed(self) -> Recipe:
         """The recipe, with weights in the scheme."""
         recipe = replace(Recipe.parse(self.recipe), page_size=PAGE)
-        given = {"weights": self.scheme} if self.scheme else {}
-        passes = [
-            PassSpec.of(spec.name, **{**dict(spec.options), **(given if spec.name == "quantize" else {})})
-            for spec in recipe.passes
-        ]
+        passes = []
+        for spec in recipe.passes:
+            options = dict(spec.options)
+            if self.scheme and "weights" in options:
+                spec = PassSpec.of(spec.name, **{**options, "weights": self.scheme})
+            passes.append(spec)
         return replace(recipe, passes=tuple(passes))
 
     def exact(self) -> Any:

@@ -8,6 +8,7 @@ that are no product (compressed-tensors' random ones: diag(s) H).
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from llmopt.compiler.program import safetensors_weight
 if TYPE_CHECKING:
     from compressed_tensors.transform import TransformArgs, TransformScheme
 
+PREFIX = "transform_"  # of the names of modules that turn
 _PLACES = ("input", "output", "q_attn", "k_cache")  # where something is turned while the model runs
 _KEYS = {"q_attn", "k_cache"}
 _HADAMARD = ("hadamard", "random-hadamard")
@@ -39,7 +41,6 @@ def turn_activations(
     size. Source: compressed_tensors.transform (its factories say which matrix, `apply_transform_weight` where).
     """
     from compressed_tensors.transform import TransformConfig
-    from compressed_tensors.utils import match_named_modules
 
     try:
         groups = TransformConfig.model_validate(config).config_groups
@@ -49,7 +50,7 @@ def turn_activations(
             f"transform_config is none that compressed-tensors reads ({said}); save the checkpoint again"
         ) from error
     notes: list[str] = []
-    turns: dict[tuple[str, float, int], Turn] = {}
+    turns = _Turns(files, dtype)
     for name, scheme in groups.items():
         if scheme.type not in _TYPES:
             raise InputError(
@@ -60,22 +61,37 @@ def turn_activations(
             notes.append(f"queries and keys are not turned by {name}: that changes none of their products")
         for apply in [apply for apply in online if apply not in left_out]:
             place = str(apply.location)
-            for module_name, module in match_named_modules(model, apply.targets, apply.ignore):
+            for module_name, module in _matched(model, name, apply):
                 if place not in ("input", "output") or not isinstance(module, nn.Linear):
                     raise InputError(
                         f"transform_config turns {place} of {module_name} ({type(module).__name__}) by {name} alone; "
                         f"wanted what linears read and give, or queries and keys by one Hadamard matrix; {_AGAIN}"
                     )
                 width = module.in_features if place == "input" else module.out_features
-                matrix = _matrix(name, module_name, scheme, apply, width, files)
-                divisor = len(matrix) ** 0.5 if scheme.type in _HADAMARD else 1.0
-                key = hashlib.sha256(matrix.contiguous().view(torch.uint8).numpy().data).hexdigest(), divisor, width
-                if key not in turns:
-                    turns[key] = Turn(matrix, divisor, width, dtype)
-                _hook(module, turns[key], place)
-    for number, turn in enumerate(turns.values()):
-        model.add_module(f"transform_{number}", turn)  # so that its buffers have names
+                _hook(module, turns(name, module_name, scheme, apply, width), place)
+    for number, turn in enumerate(turns.by_matrix.values()):
+        model.add_module(f"{PREFIX}{number}", turn)  # so that its buffers have names
     return notes
+
+
+def _matched(model: nn.Module, name: str, apply: TransformArgs) -> list[tuple[str, nn.Module]]:
+    """Modules by name. Raises InputError: a pattern that is none, or there are none, and something would stay as it is
+    that weights were made for otherwise."""
+    from compressed_tensors.utils import match_named_modules
+
+    try:
+        found = list(match_named_modules(model, apply.targets, apply.ignore))
+    except re.error as error:
+        raise InputError(
+            f"transform_config has a pattern that is none in {name} ({error}); mend its `targets` and `ignore`"
+        ) from error
+    if not found:
+        raise InputError(
+            f"transform_config turns {apply.location} of {', '.join(apply.targets) or 'nothing'} by {name}, and the "
+            "model has no such module, while the weights were made for it; mend its `targets`, or save the checkpoint "
+            "again"
+        )
+    return found
 
 
 def _cancelling(scheme: TransformScheme, online: list[TransformArgs]) -> list[TransformArgs]:
@@ -93,42 +109,64 @@ def _hook(module: nn.Module, turn: Turn, place: str) -> None:
         module.register_forward_hook(lambda _, given, made: turn(made))
 
 
-def _matrix(
-    name: str, module: str, scheme: TransformScheme, apply: TransformArgs, width: int, files: Mapping[str, Path]
-) -> Tensor:
-    """[n, n] as stored: what blocks of n of a row of `module` are multiplied by, Hadamard matrices times sqrt n."""
-    from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
+class _Turns:
+    """The matrices of a checkpoint, each read once; equal ones are one module, so that equal products stay equal."""
 
-    size = scheme.head_dim or width
-    if width % size:
-        raise InputError(
-            f"transform_config turns {module} by blocks of {size}, which do not divide its {width}; save the "
-            "checkpoint again"
-        )
-    hadamard, shape = scheme.type in _HADAMARD, (size, size)
-    # all modules of a size share a matrix, which is saved once; those of other types have another for the inverse
-    inverse = {str(place): {a.inverse for a in scheme.apply if a.location == place} for place in _PLACES}
-    places = [place for place, found in inverse.items() if found and (hadamard or found == {apply.inverse})]
-    stems = [f"{module}.{name}_{apply.location}", *(f".{name}_{place}" for place in places)]
-    matrix = _stored(stems, "weight", shape, files)
-    if matrix is None and scheme.type == "hadamard" and not size & (size - 1):
-        matrix = deterministic_hadamard_matrix(size, torch.float32)
-    order = _stored(stems, "perm", shape[:1], files) if hadamard and scheme.randomize else torch.arange(size)
-    if matrix is None or order is None:
-        raise InputError(
-            f"transform_config turns {module} by {name}, and the checkpoint has no {stems[0]}.weight of [{size}, "
-            f"{size}]{f' or no .perm of [{size}]' * scheme.randomize}; save or download it again"
-        )
-    return matrix[order][:, order].T.contiguous() if hadamard and apply.inverse else matrix[order][:, order]
+    def __init__(self, files: Mapping[str, Path], dtype: torch.dtype) -> None:
+        self.files, self.dtype = files, dtype
+        self.by_name: dict[tuple[Any, ...], Turn] = {}
+        self.by_matrix: dict[tuple[Any, ...], Turn] = {}
 
+    def __call__(self, name: str, module: str, scheme: TransformScheme, apply: TransformArgs, width: int) -> Turn:
+        """What turns a row of `width` elements of `module`."""
+        size = width if scheme.head_dim is None else scheme.head_dim
+        if size < 1 or width % size:
+            raise InputError(
+                f"transform_config turns {module} by blocks of {size}, which do not divide its {width}; save the "
+                "checkpoint again"
+            )
+        hadamard, shape = scheme.type in _HADAMARD, (size, size)
+        # all modules of a size share a matrix, which is saved once; those of other types have another for the inverse
+        inverse = {str(place): {a.inverse for a in scheme.apply if a.location == place} for place in _PLACES}
+        places = [place for place, found in inverse.items() if found and (hadamard or found == {apply.inverse})]
+        stems = [f"{module}.{name}_{apply.location}", *(f".{name}_{place}" for place in places)]
+        stored = self._stored(stems, "weight", shape)
+        order = self._stored(stems, "perm", shape[:1]) if hadamard and scheme.randomize else ""
+        made = stored is None and scheme.type == "hadamard" and not size & (size - 1)
+        if order is None or (stored is None and not made):
+            raise InputError(
+                f"transform_config turns {module} by {name}, and the checkpoint has no {stems[0]}.weight of [{size}, "
+                f"{size}]{f' or no .perm of [{size}]' * scheme.randomize}; save or download it again"
+            )
+        divisor = size**0.5 if hadamard else 1.0
+        given = stored, order, hadamard and apply.inverse, size, divisor, width
+        if given not in self.by_name:
+            matrix = self._matrix(stored, order, size, hadamard and apply.inverse)
+            content = hashlib.sha256(matrix.view(torch.uint8).numpy().data).hexdigest(), matrix.dtype, divisor, width
+            if content not in self.by_matrix:
+                self.by_matrix[content] = Turn(matrix, divisor, width, self.dtype)
+            self.by_name[given] = self.by_matrix[content]
+        return self.by_name[given]
 
-def _stored(stems: list[str], last: str, shape: tuple[int, ...], files: Mapping[str, Path]) -> Tensor | None:
-    """The first tensor of this shape whose name ends in one of `stems` and `last`."""
-    for stem in stems:
-        for key in [key for key in files if key.endswith(f"{stem}.{last}")]:
-            if (held := safetensors_weight(files[key], key)).shape == shape:
-                return held.load()
-    return None
+    def _stored(self, stems: list[str], last: str, shape: tuple[int, ...]) -> str | None:
+        """The first tensor of this shape whose name ends in one of `stems` and `last`."""
+        named = (key for stem in stems for key in self.files if key.endswith(f"{stem}.{last}"))
+        return next((key for key in named if safetensors_weight(self.files[key], key).shape == shape), None)
+
+    def _matrix(self, stored: str | None, order: str, size: int, inverse: bool) -> Tensor:
+        """[n, n] as stored: what blocks of n are multiplied by, Hadamard matrices times sqrt n."""
+        from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
+
+        if stored is None:
+            matrix = deterministic_hadamard_matrix(size, torch.float32)
+        else:
+            matrix = safetensors_weight(self.files[stored], stored).load()
+        if not bool(matrix.float().isfinite().all()):
+            raise InputError(f"matrix {stored} of the checkpoint has numbers that are not finite; download it again")
+        if order:
+            at = safetensors_weight(self.files[order], order).load()
+            matrix = matrix[at][:, at]
+        return (matrix.T if inverse else matrix).contiguous()
 
 
 class Turn(nn.Module):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme, apply_transform_config
+from onnx_runtime import logits, off
 from packed_checkpoint import MLP, SIZES, written
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -47,6 +48,7 @@ CONFIGS = {
         "A": turned("random-hadamard", "re:.*down_proj", "input", "-weight_input", head_dim=32),
         "B": turned("random-hadamard", "re:.*down_proj", "input", "-weight_input", head_dim=256),
     },
+    "all inputs": {"v": turned("random-hadamard", "Linear", "input", "-weight_input", head_dim=256)},
     "any matrix": {"M": turned("random-matrix", "re:.*o_proj", "input", "-weight_input", head_dim=16)},
     "queries and keys": {"R3": turned("random-hadamard", "re:.*self_attn$", "q_attn", "k_cache", head_dim=64)},
 }
@@ -108,6 +110,28 @@ def test_what_left_with_rotations_comes_back(tmp_path: Path) -> None:
     assert all(torch.equal(before[n].float(), after[n].float()) for n in before)
 
 
+LEAVE = {"down projections", "random signs", "blocks in random order", "all inputs", "queries and keys"}
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_what_was_read_leaves_whole_or_not_at_all(name: str, tmp_path: Path) -> None:
+    """With its signs, for joined weights, too; what the format cannot say is refused."""
+    config = TransformConfig(config_groups=CONFIGS[name])
+    source = written(tmp_path / "in", EIGHT_BITS, torch.float32, transforms=config)
+    compiled = llmopt.compile(str(source), dtype="float32", target="cpu:generic")
+    if name in LEAVE:
+        again = llmopt.compile(str(compiled.export(tmp_path / "out", "compressed-tensors")), target="cpu:generic")
+        assert float((again(IDS) - compiled(IDS)).norm() / compiled(IDS).norm()) < 1e-6
+    else:
+        with pytest.raises(InputError, match=r"products (read|write) alone; export --to onnx, which takes it as it is"):
+            compiled.export(tmp_path / "out", "compressed-tensors")
+    if name != "queries and keys":
+        with pytest.raises(InputError, match=r"export --to (compressed-tensors|onnx)"):
+            compiled.export(tmp_path / "out", "modelopt")
+    out = compiled.export(tmp_path / "onnx", "onnx", cache=False)
+    assert off(logits(out, IDS), compiled(IDS)) < 1e-5
+
+
 def test_notes(tmp_path: Path) -> None:
     config = TransformConfig(config_groups=CONFIGS["queries and keys"])
     compiled = llmopt.compile(str(written(tmp_path, EIGHT_BITS, transforms=config)), target="cpu:generic")
@@ -123,6 +147,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
     for changed, said in (
         ({**group, "apply": [{"location": "v_cache"}]}, "none that compressed-tensors reads"),
         ({**group, "type": "butterfly"}, "type 'butterfly', which is none of hadamard, random-hadamard, random-matrix"),
+        ({**group, "head_dim": 0}, "by blocks of 0, which do not divide its 512"),
+        (
+            {**group, "apply": [{**place, "targets": ["re:*("], "location": "input"}]},
+            "has a pattern that is none in R4",
+        ),
+        ({**group, "apply": [{**place, "targets": ["re:.*w2$"], "location": "input"}]}, "the model has no such module"),
         ({**group, "head_dim": 96}, "by blocks of 96, which do not divide its 512"),
         ({**group, "head_dim": 128}, r"has no model.layers.0.mlp.down_proj.R4_input.weight of \[128, 128\]"),
         ({**group, "randomize": True}, "R4_input.weight of .* or no .perm of"),
@@ -137,7 +167,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=said):
             llmopt.compile(str(source), target="cpu:generic")
     (source / "config.json").write_text(json.dumps(config))
-    kept = {n: t for n, t in tensors.items() if "R4_input" not in n}
+    (matrix,) = (n for n in tensors if "R4_input" in n)
+    bad = {**tensors, matrix: torch.full_like(tensors[matrix], float("nan"))}
+    save_file(bad, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"matrix {matrix} of the checkpoint has numbers that are not finite"):
+        llmopt.compile(str(source), target="cpu:generic")
+    kept = {n: t for n, t in tensors.items() if n != matrix}
     assert len(kept) == len(tensors) - 1  # saved once for all modules
     save_file(kept, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=f"has no {MLP}.down_proj.R4_input.weight"):
