@@ -65,10 +65,8 @@ def jobs(models: Iterable[str]) -> list[Job]:
         shapes = [MODELS[model][name] for name in SHAPES]
         alone = [shape.plain() for shape in shapes]
         ordered = [shape.given_order() for shape in shapes]
-        four_bits, more = (
-            ("nvfp4", "int4_g128", "mxfp4", "int4_g128_f16"),
-            ("mxfp6_e2m3", "fp8_channel", "mxfp8", "int8"),
-        )
+        four_bits = "nvfp4", "int4_g128", "mxfp4", "int4_g128_f16"
+        more = "mxfp6_e2m3", "fp8_channel", "mxfp8", "int8"
         found += [(scheme, shape, 1) for scheme in four_bits for shape in shapes]
         found += [("nvfp4", shape, 1) for shape in alone]
         found += [(scheme, shape, tokens) for tokens in (64, 32, 16) for scheme in four_bits for shape in ordered]

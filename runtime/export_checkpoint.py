@@ -70,7 +70,8 @@ def plan(program: Program, stored: Sequence[str], to: CheckpointFormat) -> Plan:
             pieces = [(HEAD, count) for _, count in pieces]
             made.tied = False
         taken.update((key, name) for key, _ in pieces)
-        products[user] = [key.removesuffix(".weight") for key, _ in pieces]
+        if op_name(user) in ("linear", "quantized_linear"):
+            products[user] = [key.removesuffix(".weight") for key, _ in pieces]
         if op_name(user) == "quantized_linear" and f"{name}.packed" in program.weights:
             made.items.append(_quantised(program, name, user, pieces, made.contents, to))
         else:

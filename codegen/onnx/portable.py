@@ -1,10 +1,10 @@
 """Low-bit weights as ONNX Runtime's CPU provider multiplies them today.
 
 Integers and small floats of up to eight bits are MatMulNBits, whose codes are uint8 less a zero point: e2m1's numbers
-are whole multiples of 1/2 and e2m3's of 1/8, so that codes of 8 bits hold them exactly. It multiplies float activations
-fast by codes of 4 bits alone (ONNX Runtime 1.32: 60 times slower by those of 8 for 4096 by 4096 and one token), so that
-8 bits are two products then, of the upper four, times 16, and of the lower. e4m3 and e3m2, whose numbers are too many
-for 8 bits, are multiplied by their scales when the model is loaded (DequantizeLinear would do so for each token).
+are whole multiples of 1/2 and e2m3's of 1/8, so that codes of 8 bits hold them exactly. ONNX Runtime has fast kernels
+for float activations and codes of 4 bits, and none for those of 8, so that 8 bits are two products then, of the upper
+four, times 16, and of the lower. e4m3 and e3m2, whose numbers are too many for 8 bits, are multiplied by their scales
+when the model is loaded (DequantizeLinear would do so for each token).
 """
 
 from __future__ import annotations

@@ -139,9 +139,10 @@ class _Turns:
                 f"{size}]{f' or no .perm of [{size}]' * scheme.randomize}; save or download it again"
             )
         divisor = size**0.5 if hadamard else 1.0
-        given = stored, order, hadamard and apply.inverse, size, divisor, width
+        turned = hadamard and apply.inverse
+        given = stored, order, turned, size, width
         if given not in self.by_name:
-            matrix = self._matrix(stored, order, size, hadamard and apply.inverse)
+            matrix = self._matrix(stored, order, size, turned)
             content = hashlib.sha256(matrix.view(torch.uint8).numpy().data).hexdigest(), matrix.dtype, divisor, width
             if content not in self.by_matrix:
                 self.by_matrix[content] = Turn(matrix, divisor, width, self.dtype)

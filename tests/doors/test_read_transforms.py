@@ -15,10 +15,13 @@ from onnx_runtime import logits, off
 from packed_checkpoint import MLP, SIZES, written
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config
 
 import llmopt
+from llmopt.compiler.emittable import op_name
 from llmopt.compiler.errors import InputError
+from llmopt.compiler.hadamard import hadamard
+from llmopt.compiler.quant.transforms_read import Turn
 from llmopt.compiler.recipe import PassSpec, Recipe
 
 IDS = torch.randint(0, 96, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -130,6 +133,21 @@ def test_what_was_read_leaves_whole_or_not_at_all(name: str, tmp_path: Path) -> 
             compiled.export(tmp_path / "out", "modelopt")
     out = compiled.export(tmp_path / "onnx", "onnx", cache=False)
     assert off(logits(out, IDS), compiled(IDS)) < 1e-5
+
+
+def test_what_a_norm_reads_is_no_product_s(tmp_path: Path) -> None:
+    """OLMo 2 has norms right behind its queries' and keys' products."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(Olmo2Config(**SIZES)).eval()
+    turn = Turn(hadamard(256).float(), 16.0, 256, torch.float32)
+    model.add_module("transform_0", turn)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.register_forward_hook(lambda _, given, made: turn(made))
+    compiled = llmopt.compile(model, target="cpu:generic")
+    (reader, *_) = [user for node in compiled.program.graph("forward").calls("rotate") for user in node.users]
+    assert op_name(reader) == "rms_norm"
+    with pytest.raises(InputError, match=r"is rotated for rms_norm, and runtimes of compressed-tensors rotate what"):
+        compiled.export(tmp_path / "out", "compressed-tensors")
 
 
 def test_notes(tmp_path: Path) -> None:
